@@ -1,0 +1,1 @@
+"""Methods and monitors: every one a Lightning callback, a folder an axis."""

@@ -1,0 +1,7 @@
+"""Tasks: LightningModules that wrap a backbone with heads, a loss and metrics."""
+
+from crossft.tasks.base import Task
+from crossft.tasks.classification import Classification
+from crossft.tasks.regression import Regression
+
+__all__ = ["Classification", "Regression", "Task"]

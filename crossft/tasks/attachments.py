@@ -1,0 +1,119 @@
+"""The loss terms and weight penalties that methods have attached to a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossft.errors import CheckpointError, ConfigError
+from crossft.types import HasBackbone, LossTerm, StepOutput, WeightPenalty
+
+__all__ = ["Attachments"]
+
+Weight = float | Callable[[float], float]
+
+
+class Attachments(nn.Module):
+    """Loss terms and weight penalties by method name, with their weights.
+
+    A child module of the task, so that terms follow its device, DDP wrap and optimizer; left out of its state dict.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict()
+        self.penalties = nn.ModuleDict()
+        self.weights: dict[str, Weight] = {}
+        self.anchors: Any = None  # where constant tensors go; None keeps them inside the checkpoint
+
+    def attach(self, name: str, method: LossTerm | WeightPenalty, weight: Weight) -> None:
+        """Attach a method under its name.
+
+        Raises:
+            ConfigError: the name is taken, or the method is neither a loss term nor a weight penalty.
+        """
+        if name in self.weights:
+            raise ConfigError(f"methods.{name} is attached twice; every method needs a name of its own")
+        if isinstance(method, LossTerm):
+            self.terms[name] = method
+        elif isinstance(method, WeightPenalty):
+            self.penalties[name] = method
+        else:
+            raise ConfigError(f"methods.{name} built a {type(method).__name__}; allowed: LossTerm or WeightPenalty")
+        self.weights[name] = weight
+
+    def weight(self, name: str, progress: float) -> float:
+        """The method's weight at this share of training."""
+        weight = self.weights[name]
+        return weight(progress) if callable(weight) else weight
+
+    @property
+    def needs_stages(self) -> tuple[str, ...]:
+        """Stages whose outputs the attached terms read."""
+        return tuple(sorted({stage for term in self.terms.values() for stage in term.needs_stages}))
+
+    @property
+    def trains_source_head(self) -> bool:
+        """Whether any attached term trains the source's own head."""
+        return any(term.trains_source_head for term in self.terms.values())
+
+    def add_terms(self, loss: Tensor, step: StepOutput, model: HasBackbone) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add every term times its weight to the task loss, in name order; return the sum and the raw values."""
+        values: dict[str, Tensor] = {}
+        for name in sorted(self.terms):
+            value = self.terms[name](step, model)
+            loss = loss + self.weight(name, step.progress) * value
+            values[name] = value.detach()
+        return loss, values
+
+    def add_penalty_grads_(self, progress: float) -> None:
+        """Add every penalty's weighted gradient to ``.grad``, in name order."""
+        for name in sorted(self.penalties):
+            self.penalties[name].add_grad_(self.weight(name, progress))
+
+    @torch.no_grad()
+    def logs(self, values: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        """``term/NAME``, ``term/NAME/weighted`` and the terms' own scalars, for a step that is logged."""
+        raw = {**values, **{name: self.penalties[name].value() for name in sorted(self.penalties)}}
+        logs: dict[str, Tensor] = {}
+        for name, value in raw.items():
+            logs[f"term/{name}"] = value
+            logs[f"term/{name}/weighted"] = self.weight(name, progress) * value
+        for name in sorted(self.terms):
+            logs |= {f"term/{name}/{key}": v for key, v in self.terms[name].logs().items()}
+        return logs
+
+    def save(self) -> dict[str, Any]:
+        """State of every method by name; constant tensors as references where a store for them is set."""
+        saved: dict[str, Any] = {}
+        for name, module in [*self.terms.items(), *self.penalties.items()]:
+            state = module.state_dict()
+            constant = {k: state.pop(k) for k in getattr(module, "constants", ()) if k in state}
+            if constant and self.anchors is not None:
+                saved[name] = {"state": dict(state), "anchors": self.anchors.put(name, constant)}
+            else:
+                saved[name] = {"state": {**state, **constant}}
+        return saved
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restore what ``save`` returned.
+
+        Raises:
+            CheckpointError: the checkpoint's methods are not those attached, or an anchor file is missing or changed.
+        """
+        mine = {**dict(self.terms.items()), **dict(self.penalties.items())}
+        if set(saved) != set(mine):
+            raise CheckpointError(
+                f"the checkpoint holds the methods {sorted(saved)}, the run has {sorted(mine)}; "
+                "resume with the run's own config, or start a new run with --init"
+            )
+        for name, module in mine.items():
+            state = dict(saved[name]["state"])
+            if "anchors" in saved[name]:
+                if self.anchors is None:
+                    raise CheckpointError(f"methods.{name} has its anchors in a run folder; resume from that folder")
+                state |= self.anchors.get(saved[name]["anchors"])
+            module.load_state_dict(state)

@@ -1,0 +1,330 @@
+"""The base task: one forward over a mixed batch, one loss, any number of attached terms, one optimizer step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from crossft.backbones import Backbone
+from crossft.backbones.batchnorm import batch_norms, freeze_statistics_
+from crossft.errors import ConfigError, StageError, TrainingError
+from crossft.optim import Constant, Schedule, parameter_groups
+from crossft.tasks.attachments import Attachments
+from crossft.tasks.evaluation import Evaluation
+from crossft.types import Batch, Domain, LossTerm, StepOutput, WeightPenalty, head_of
+
+__all__ = ["Task"]
+
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+
+
+class Task(LightningModule):
+    """Backbone + heads + task loss + metrics; methods attach loss terms and weight penalties to it.
+
+    Args:
+        backbone: the pretrained network.
+        domains: the run's domains with their label spaces. The command line fills this in from the data before the
+            task is built; domain ids in a batch index into it.
+        optimizer: any torch optimizer by class path; its ``lr`` and ``weight_decay`` are those of the last stage.
+            Default: AdamW with lr 3e-4.
+        schedule: factor on every group's learning rate by optimizer step. Default: constant.
+        head_multiplier: factor on the heads' learning rate (3: from the measurements in ``experiments/demo``).
+        layer_decay: factor on the learning rate per stage of depth (1: none).
+        head_dropout: dropout before each head.
+        batchnorm: policy for BatchNorm *statistics*. ``auto`` is ``frozen`` for a pretrained backbone (most of the
+            forgetting of a fine-tuned CNN comes from its statistics) and ``training`` otherwise.
+
+    Raises:
+        ConfigError: no domains, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        domains: list[Domain] | None = None,
+        optimizer: OptimizerCallable | None = None,
+        schedule: Schedule | None = None,
+        head_multiplier: float = 3.0,
+        layer_decay: float = 1.0,
+        head_dropout: float = 0.0,
+        batchnorm: Literal["auto", "frozen", "training", "per_domain", "reestimated"] = "auto",
+    ) -> None:
+        super().__init__()
+        if not domains:
+            raise ConfigError("domains=[] is empty: a task needs at least one; pass data.domains after data.prepare()")
+        self.domains: tuple[Domain, ...] = tuple(domains)
+        self.head_keys = head_of(self.domains)
+        self.backbone = backbone
+        self.heads = nn.ModuleDict()
+        for domain in self.domains:
+            key = self.head_keys[domain.name]
+            if key not in self.heads:
+                self.heads[key] = self.build_head(backbone.num_features, domain, head_dropout)
+        self.trained_heads: frozenset[str] = frozenset(self.heads)
+        self.attachments = Attachments()
+        self.evaluation = Evaluation(self.domains)
+        self._make_optimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=3e-4))
+        self._schedule = schedule or Constant()
+        self._head_multiplier = head_multiplier
+        self._layer_decay = layer_decay
+        self.batchnorm = ("frozen" if backbone.pretrained else "training") if batchnorm == "auto" else batchnorm
+        self._frozen_stages: frozenset[str] = frozenset()
+        self._total_steps = 0
+        # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
+        self._ddp_params_and_buffers_to_ignore: list[str] = []
+        self.automatic_optimization = True
+
+    # -- what a kind of task defines ---------------------------------------------------------------------------
+
+    def build_head(self, num_features: int, domain: Domain, dropout: float) -> nn.Module:
+        """Build the head of a label space: dropout and a linear layer, [b, d] -> [b, k]."""
+        return nn.Sequential(nn.Dropout(dropout), nn.Linear(num_features, len(domain.labels)))
+
+    @abstractmethod
+    def per_sample_loss(self, logits: Tensor, targets: Tensor, domain: Domain) -> Tensor:
+        """Task loss of each row, [b], for logits [b, k] of one label space and clean targets (no NaN, no -1)."""
+
+    @abstractmethod
+    def predictions(self, logits: Tensor) -> Tensor:
+        """What metrics and predictions read: probabilities [b, k], or values [b] for regression."""
+
+    # -- one step ----------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of all optimizer steps done, in [0, 1]: the clock of every schedule."""
+        return min(1.0, self.trainer.global_step / self._total_steps) if self._total_steps else 0.0
+
+    def forward(self, inputs: dict[str, Tensor], domain: str | None = None) -> Tensor:
+        """Logits [b, k] of the head of ``domain`` (default: the first target, else the first domain)."""
+        names = [d.name for d in self.domains if d.role == "target"] or [self.domains[0].name]
+        return self.heads[self.head_keys[domain or names[0]]](self.backbone(inputs).features)
+
+    def model_step(self, batch: Batch) -> StepOutput:
+        """Run backbone and heads over the whole mixed batch; shared by training, validation and test."""
+        capture = self.attachments.needs_stages if self.training else ()
+        encoded = self.backbone(batch.inputs, capture=capture)
+        logits = {key: head(encoded.features) for key, head in self.heads.items()}
+        return StepOutput(
+            batch=batch,
+            features=encoded.features,
+            tokens=encoded.tokens,
+            mask=encoded.mask,
+            stages=encoded.stages,
+            logits=logits,
+            per_sample_loss=self._row_losses(logits, batch),
+            progress=self.progress if self.training else 0.0,
+            roles=tuple(d.role for d in self.domains),
+        )
+
+    def _row_losses(self, logits: dict[str, Tensor], batch: Batch) -> Tensor:
+        """[b] task loss of each labeled row under the head of its own label space, 0 elsewhere."""
+        total = torch.zeros(len(batch), device=batch.domains.device)
+        for key in self.heads:
+            ids = [i for i, d in enumerate(self.domains) if self.head_keys[d.name] == key]
+            rows = batch.labeled & torch.isin(batch.domains, torch.tensor(ids, device=batch.domains.device))
+            domain = self.domains[ids[0]]
+            keep = rows if batch.targets.ndim == 1 else rows.unsqueeze(1)
+            clean = torch.where(keep, batch.targets, torch.zeros_like(batch.targets))
+            if domain.kind == "multiclass":
+                clean = clean.clamp(max=len(domain.labels) - 1)  # rows of another space, masked out below
+            losses = self.per_sample_loss(logits[key], clean, domain).float()
+            total = total + torch.where(rows, losses, torch.zeros_like(losses))
+        return total
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Task loss plus every attached term times its weight; terms sum in name order."""
+        if batch.step >= 0 and batch.step != self.trainer.global_step:
+            raise TrainingError(
+                f"data and clock are out of step: the batch belongs to optimizer step {batch.step}, "
+                f"the trainer is at {self.trainer.global_step}; rows would be skipped or repeated"
+            )
+        step = self.model_step(batch)
+        quota = batch.labeled_quota or float(max(1, len(batch)))
+        task_loss = step.per_sample_loss.sum() / quota
+        loss, values = self.attachments.add_terms(task_loss, step, self)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            logs = {"train/loss": task_loss.detach(), **self.attachments.logs(values, step.progress)}
+            self.log_dict(logs, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Add the weight penalties' gradients, in name order: once per optimizer step, all-reduced and unscaled."""
+        self.attachments.add_penalty_grads_(self.progress)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the model's gradients and each term's own separately, so a term cannot shrink the model's step."""
+        if not gradient_clip_val:
+            return
+        owned = [list(term.parameters()) for term in self.attachments.terms.values()]
+        for parameters in ([*self.backbone.parameters(), *self.heads.parameters()], *owned):
+            if gradient_clip_algorithm == "value":
+                nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            elif parameters:
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics of the loader's domain."""
+        self._evaluate("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics of the loader's domain."""
+        self._evaluate("test", batch, dataloader_idx)
+
+    def _evaluate(self, split: Literal["val", "test"], batch: Batch, dataloader_idx: int) -> None:
+        name = self.trainer.datamodule.eval_domains(split)[dataloader_idx]  # type: ignore[attr-defined]
+        step = self.model_step(batch)
+        self.evaluation.update(name, self.predictions(step.logits[self.head_keys[name]]), step)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics afresh."""
+        self.evaluation.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the metrics afresh."""
+        self.evaluation.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``DOMAIN/val/METRIC``."""
+        self.log_dict(self.evaluation.compute("val", self.all_gather), rank_zero_only=False, batch_size=1)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``DOMAIN/test/METRIC``."""
+        self.log_dict(self.evaluation.compute("test", self.all_gather), rank_zero_only=False, batch_size=1)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Sample ids and predictions of the batch's rows, padding left out."""
+        keep = batch.domains >= 0
+        return {"sample_ids": batch.sample_ids[keep], "predictions": self.predictions(self(batch.inputs))[keep]}
+
+    # -- what trains -------------------------------------------------------------------------------------------
+
+    def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make exactly these backbone parameters train; a stage with none of them is frozen.
+
+        Frozen means parameters (no gradient at all), buffers, and train-mode behavior: such a stage stays in
+        evaluation mode (no dropout, BatchNorm by running statistics), whatever ``train()`` is called.
+        """
+        chosen = {id(p) for p in parameters}
+        frozen = set()
+        for stage in self.backbone.stages:
+            owned = stage.parameters()
+            for parameter in owned:
+                parameter.requires_grad_(id(parameter) in chosen)
+                if not parameter.requires_grad:
+                    parameter.grad = None
+            if owned and not any(p.requires_grad for p in owned):
+                frozen.add(stage.name)
+        self._frozen_stages = frozenset(frozen)
+        self.train(self.training)
+
+    def train_stages(self, names: Collection[str]) -> None:
+        """Make exactly these backbone stages train.
+
+        Raises:
+            StageError: a name is not a stage of the backbone.
+        """
+        known = {s.name: s for s in self.backbone.stages}
+        for name in names:
+            if name not in known:
+                raise StageError(f"unknown stage {name!r}; the backbone's stages are {', '.join(known)}")
+        self.train_only(p for name in names for p in known[name].parameters())
+
+    @property
+    def frozen_stages(self) -> frozenset[str]:
+        """Names of the stages in which nothing trains."""
+        return self._frozen_stages
+
+    def train(self, mode: bool = True) -> Task:
+        """Set modes; frozen stages stay in evaluation mode, BatchNorm follows its policy."""
+        super().train(mode)
+        if mode and hasattr(self, "batchnorm"):
+            for stage in self.backbone.stages:
+                if stage.name in self._frozen_stages:
+                    for module in stage.modules:
+                        module.eval()
+            if self.batchnorm == "frozen":
+                freeze_statistics_(self.backbone)
+        return self
+
+    # -- life cycle --------------------------------------------------------------------------------------------
+
+    def attach(self, name: str, method: LossTerm | WeightPenalty, weight: float) -> None:
+        """Attach a loss term or weight penalty under the method's name; called from a callback's ``setup``."""
+        self.attachments.attach(name, method, weight)
+        if isinstance(method, WeightPenalty):
+            prefix = f"attachments.penalties.{name}."
+            self._ddp_params_and_buffers_to_ignore += [prefix + n for n, _ in method.named_buffers()]
+
+    def setup(self, stage: str) -> None:
+        """Freeze the heads that nothing trains: a source label space that differs keeps its head as it is."""
+        if stage != "fit":
+            return
+        names = getattr(self.trainer.datamodule, "training_domains", None)  # type: ignore[attr-defined]
+        if names is not None:
+            self.trained_heads = frozenset(self.head_keys[n] for n in names)
+            if self.attachments.trains_source_head:
+                self.trained_heads |= {self.head_keys[d.name] for d in self.domains if d.role == "source"}
+        for key, head in self.heads.items():
+            head.requires_grad_(key in self.trained_heads)
+
+    def configure_optimizers(self) -> Any:
+        """Every parameter in a named group from the first step; the schedule steps once per optimizer step."""
+        defaults = self._make_optimizer([nn.Parameter(torch.zeros(1))]).defaults
+        groups = parameter_groups(
+            self.backbone.stages,
+            self.heads,
+            self.attachments.terms,
+            lr=defaults["lr"],
+            weight_decay=defaults.get("weight_decay", 0.0),
+            head_multiplier=self._head_multiplier,
+            layer_decay=self._layer_decay,
+        )
+        optimizer = self._make_optimizer(groups)
+        total = int(self.trainer.estimated_stepping_batches)
+        self._total_steps = total
+        scheduler = LambdaLR(optimizer, lambda step: self._schedule(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Backbone and heads only: test, predict and a later leg need no method."""
+        state = super().state_dict(*args, **kwargs)
+        for key in [k for k in state if k.startswith(kwargs.get("prefix", "") + "attachments.")]:
+            del state[key]
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load backbone and heads; attached terms are restored from ``checkpoint["terms"]`` by fit alone."""
+        own = {f"attachments.{k}": v for k, v in self.attachments.state_dict().items()}
+        return super().load_state_dict({**own, **state_dict}, strict=strict, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the attached terms by method name, and the domains as plain values."""
+        checkpoint["terms"] = self.attachments.save()
+        checkpoint["domains"] = [
+            {"name": d.name, "role": d.role, "kind": d.kind, "labels": list(d.labels)} for d in self.domains
+        ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the attached terms; only when fitting."""
+        if self.trainer.state.fn == "fit":
+            self.attachments.load(checkpoint.get("terms", {}))
+
+    @property
+    def has_batch_statistics(self) -> bool:
+        """Whether any BatchNorm normalizes with batch statistics while training."""
+        return any(m.training for m in batch_norms(self.backbone)) if self.training else False

@@ -1,0 +1,77 @@
+"""Metrics of every domain during one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossft.metrics import confusion, domain_metrics
+from crossft.types import Domain, StepOutput
+
+__all__ = ["Evaluation", "display_names"]
+
+
+def display_names(domains: Sequence[Domain]) -> dict[str, str]:
+    """Names used in metric keys: the role where one domain has it, else the domain's own name.
+
+    Example:
+        >>> display_names([Domain("photo", "source"), Domain("sketch", "target")])
+        {'photo': 'source', 'sketch': 'target'}
+    """
+    roles = [d.role for d in domains]
+    return {d.name: d.role if d.role != "eval" and roles.count(d.role) == 1 else d.name for d in domains}
+
+
+class Evaluation(nn.Module):
+    """One torchmetrics collection a domain, a mean loss, and the confusion matrix of the last evaluation."""
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        super().__init__()
+        self.domains = {d.name: d for d in domains}
+        self.names = display_names(domains)
+        self.metrics = nn.ModuleList([domain_metrics(d) for d in domains])
+        self.confusions = nn.ModuleList([m for d in domains if (m := confusion(d)) is not None])
+        self._index = {d.name: i for i, d in enumerate(domains)}
+        matrices = [d.name for d in domains if confusion(d) is not None]
+        self._confusion_index = {name: i for i, name in enumerate(matrices)}
+        self.register_buffer("seen", torch.zeros(len(self.domains), 2, dtype=torch.float64), persistent=False)
+        self.confusion_matrices: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        for metric in [*self.metrics, *self.confusions]:
+            metric.reset()  # type: ignore[operator]
+        self.seen.zero_()  # type: ignore[operator]
+
+    def update(self, name: str, predictions: Tensor, step: StepOutput) -> None:
+        """Add the labeled rows of one batch of domain ``name``; padding and unlabeled rows count nowhere."""
+        batch, index = step.batch, self._index[name]
+        keep = batch.labeled & (batch.domains >= 0)
+        self.seen[index, 0] += keep.sum()  # type: ignore[index]
+        self.seen[index, 1] += step.per_sample_loss.detach().sum()  # type: ignore[index]
+        if bool(keep.any()):
+            predictions, targets = predictions[keep].float(), batch.targets[keep]
+            if self.domains[name].kind == "multilabel":
+                targets = targets.long()
+            self.metrics[index].update(predictions, targets)  # type: ignore[operator]
+            if name in self._confusion_index:
+                self.confusions[self._confusion_index[name]].update(predictions, targets)  # type: ignore[operator]
+
+    def compute(self, split: str, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """``DOMAIN/split/METRIC`` of every domain of which any process has seen a labeled row."""
+        total = gather(self.seen)  # type: ignore[arg-type]
+        total = total.reshape(-1, *self.seen.shape).sum(0)  # type: ignore[operator]
+        logs: dict[str, Any] = {}
+        for name, index in self._index.items():
+            if total[index, 0] > 0:
+                prefix = f"{self.names[name]}/{split}"
+                logs[f"{prefix}/loss"] = (total[index, 1] / total[index, 0]).float()
+                for key, value in self.metrics[index].compute().items():  # type: ignore[operator]
+                    logs[f"{prefix}/{key}"] = value.float()
+                if name in self._confusion_index:
+                    matrix = self.confusions[self._confusion_index[name]].compute()  # type: ignore[operator]
+                    self.confusion_matrices[name] = matrix.cpu()
+        return logs
