@@ -13,7 +13,8 @@
     ├── CheckpointError           a checkpoint that is missing, incomplete or does not fit
     │   └── UnsafeCheckpointError a checkpoint that asks for more than tensors and plain values
     ├── RunError                  a run folder: exists, is missing, or is in the wrong state
-    └── TrainingError             training that cannot go on (diverged, out of step)
+    ├── TrainingError             training that cannot go on (diverged, out of step)
+    └── Interrupted               training that stopped on a signal, after saving
 """
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "CrossftError",
     "DataError",
+    "Interrupted",
     "LabelError",
     "RunError",
     "SplitError",
@@ -78,3 +80,7 @@ class RunError(CrossftError):
 
 class TrainingError(CrossftError, RuntimeError):
     """Training cannot go on: it diverged, or its data and its clock are out of step."""
+
+
+class Interrupted(CrossftError):
+    """Training stopped on a signal, after saving; ``crossft resume`` goes on."""

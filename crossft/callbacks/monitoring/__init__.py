@@ -1,0 +1,8 @@
+"""Checkpoints, logs and progress of a run."""
+
+from crossft.callbacks.monitoring.anchors import Anchors
+from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, latest_valid, load_checkpoint
+from crossft.callbacks.monitoring.checkpoints import Checkpoints
+from crossft.callbacks.monitoring.run_log import RunLog
+
+__all__ = ["Anchors", "AtomicCheckpointIO", "Checkpoints", "RunLog", "latest_valid", "load_checkpoint"]

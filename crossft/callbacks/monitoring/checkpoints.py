@@ -1,0 +1,192 @@
+"""Saves at optimizer-step boundaries, so that a run that is killed resumes to the same bits."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from crossft.callbacks.monitoring.anchors import Anchors
+from crossft.callbacks.monitoring.checkpoint_io import latest_valid, publish
+from crossft.errors import CheckpointError, ConfigError, Interrupted
+from crossft.runs import RunFolder
+from crossft.tasks import Task
+
+__all__ = ["Checkpoints"]
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``checkpoints/step-N.ckpt``, and ``last.ckpt`` and ``best.ckpt`` as further names of them.
+
+    A save happens at the end of every epoch, after validation, and every ``every_n_steps`` optimizer steps in
+    between; on SIGTERM at the next such boundary, on all processes together. It holds every process's RNG.
+    Use it with ``AtomicCheckpointIO`` among the trainer's plugins.
+
+    Args:
+        folder: the run folder.
+        every_n_steps: optimizer steps between saves within an epoch; None saves at epoch ends only.
+        keep: number of step checkpoints kept; the newest valid one is what a resume takes.
+        monitor: validation metric that ``best.ckpt`` maximizes or minimizes; None keeps no best.
+        mode: ``max`` or ``min``.
+
+    Raises:
+        ConfigError: ``every_n_steps`` or ``keep`` below 1.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        every_n_steps: int | None = 100,
+        keep: int = 2,
+        monitor: str | None = None,
+        mode: str = "max",
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigError(f"every_n_steps={every_n_steps} must be at least 1; null saves at epoch ends only")
+        if keep < 1:
+            raise ConfigError(f"keep={keep} must be at least 1: a resume needs a checkpoint")
+        self.folder = RunFolder(folder)
+        self.every_n_steps, self.keep, self.monitor, self.mode = every_n_steps, keep, monitor, mode
+        self.best_score: float | None = None
+        self.saved_step = -1
+        self._rng: dict[str, Any] | None = None
+        self._terminated = False
+
+    # -- life cycle --------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the terms a place for their constant tensors."""
+        if stage == "fit" and isinstance(pl_module, Task):
+            pl_module.attachments.anchors = Anchors(self.folder.anchors, write=trainer.is_global_zero)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take SIGTERM: set a flag, nothing else; Lightning puts the former handler back at the end of the fit."""
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """After a resume, put every RNG back just before the first batch."""
+        if self._rng is not None:
+            _set_rng(self._rng)
+            self._rng = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when due; at the last batch, or before a validation, the save waits until that is done."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or self._ends_epoch(trainer, batch_idx):
+            return
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        terminated = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
+        if due or terminated:
+            self._save(trainer)
+        if terminated:
+            raise Interrupted(f"stopped by SIGTERM at optimizer step {trainer.global_step}, after saving")
+
+    @staticmethod
+    def _ends_epoch(trainer: Trainer, batch_idx: int) -> bool:
+        last = batch_idx + 1 >= trainer.num_training_batches
+        every = trainer.val_check_batch
+        return last or (isinstance(every, int) and every > 0 and (batch_idx + 1) % every == 0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after validation and after all other callbacks."""
+        self._save(trainer, best=True)
+        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
+            raise Interrupted(f"stopped by SIGTERM at optimizer step {trainer.global_step}, after saving")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what a fit that stopped within an epoch has reached."""
+        if self.saved_step != trainer.global_step:
+            self._save(trainer)
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, best: bool = False) -> None:
+        score = self._score(trainer) if best else None
+        improved = score is not None and (
+            self.best_score is None or ((score > self.best_score) == (self.mode == "max") and score != self.best_score)
+        )
+        if improved:
+            self.best_score = score
+        step = self.saved_step = trainer.global_step
+        path = self.folder.checkpoints / f"step-{step}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            publish(path, "last.ckpt")
+            if improved:
+                publish(path, "best.ckpt")
+            self._prune(trainer)
+        trainer.strategy.barrier("crossft checkpoint")
+
+    def _score(self, trainer: Trainer) -> float | None:
+        if self.monitor is None:
+            return None
+        if self.monitor not in trainer.callback_metrics:
+            known = sorted(k for k in trainer.callback_metrics if "/val/" in k)
+            raise ConfigError(
+                f"select={self.monitor!r} was not measured; validation gives {', '.join(known) or 'none'}"
+            )
+        return float(trainer.callback_metrics[self.monitor])
+
+    def _prune(self, trainer: Trainer) -> None:
+        files = sorted(self.folder.checkpoints.glob("step-*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
+        for path in files[: -self.keep]:
+            trainer.strategy.remove_checkpoint(path)
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best score and step; every process's RNG is gathered here, so all processes must save together."""
+        states: list[Any] = [_get_rng()]
+        if dist.is_available() and dist.is_initialized():
+            states = [None] * dist.get_world_size()
+            dist.all_gather_object(states, _get_rng())
+        return {"best_score": self.best_score, "saved_step": self.saved_step, "rng": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep this process's RNG until the first batch."""
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if len(state_dict["rng"]) != world:
+            raise CheckpointError(
+                f"the checkpoint was saved by {len(state_dict['rng'])} processes, this run has {world}; "
+                "resume with the same number, or start a new run from it with --init"
+            )
+        self.best_score, self.saved_step = state_dict["best_score"], state_dict["saved_step"]
+        self._rng = state_dict["rng"][dist.get_rank() if world > 1 else 0]
+
+    def latest(self) -> Path | None:
+        """The newest valid checkpoint of the run."""
+        return latest_valid(self.folder.checkpoints)
+
+
+def _get_rng() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's generators, as tensors and plain values."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
