@@ -28,13 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "error: $(VENV) holds $$($(BIN)/python --version), crossft needs Python 3.11 or newer." >&2; \
 	    echo "Remove the folder $(VENV) and run make again." >&2; exit 1; }; \
 	else \
-	  found=''; \
+	  found=''; tried=''; \
 	  for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python); do \
 	    if "$$python" -c "$$new_enough" 2>/dev/null; then found=$$python; break; fi; \
+	    tried="$$tried $$python ($$("$$python" --version 2>/dev/null || echo missing))"; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    have=$$(python3 --version 2>/dev/null || echo 'no python3'); \
-	    echo "error: crossft needs Python 3.11 or newer; tried $(or $(PYTHON),python3.11 to python3.14, python3, python); found: $$have." >&2; \
+	    echo "error: crossft needs Python 3.11 or newer; tried$$tried." >&2; \
 	    echo "Install one, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; \
 	  fi; \
 	  echo "==> creating $(VENV) with $$("$$found" --version)"; \
