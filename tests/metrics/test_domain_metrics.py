@@ -27,7 +27,7 @@ def softmax_rows(n: int, k: int = 4, seed: int = 0, ties: bool = False) -> tuple
 
 
 def computed(
-    domain: Domain, preds: Tensor, targets: Tensor, cuts: tuple[int, ...] = (), **kwargs: int
+    domain: Domain, preds: Tensor, targets: Tensor, cuts: tuple[int, ...] = (), thresholds: int | None = None
 ) -> dict[str, float]:
     metrics = domain_metrics(domain, thresholds=thresholds)
     for start, stop in itertools.pairwise((0, *cuts, len(preds))):
