@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from crossft.backbones import Backbone
-from crossft.backbones.batchnorm import batch_norms, freeze_statistics_
+from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, batch_norms, set_domains
 from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
@@ -54,7 +54,7 @@ class Task(LightningModule):
         head_multiplier: float = 3.0,
         layer_decay: float = 1.0,
         head_dropout: float = 0.0,
-        batchnorm: Literal["auto", "frozen", "training", "per_domain", "reestimated"] = "auto",
+        batchnorm: Literal["auto"] | BatchNormPolicy = "auto",
     ) -> None:
         super().__init__()
         if not domains:
@@ -74,7 +74,10 @@ class Task(LightningModule):
         self._schedule = schedule or Constant()
         self._head_multiplier = head_multiplier
         self._layer_decay = layer_decay
-        self.batchnorm = ("frozen" if backbone.pretrained else "training") if batchnorm == "auto" else batchnorm
+        self.batchnorm: BatchNormPolicy = (
+            ("frozen" if backbone.pretrained else "training") if batchnorm == "auto" else batchnorm
+        )
+        apply_batchnorm_policy(backbone, self.batchnorm, len(self.domains))
         self._frozen_stages: frozenset[str] = frozenset()
         self._total_steps = 0
         # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
@@ -110,6 +113,8 @@ class Task(LightningModule):
     def model_step(self, batch: Batch) -> StepOutput:
         """Run backbone and heads over the whole mixed batch; shared by training, validation and test."""
         capture = self.attachments.needs_stages if self.training else ()
+        if self.batchnorm == "per_domain":
+            set_domains(self.backbone, batch.domains)
         encoded = self.backbone(batch.inputs, capture=capture)
         logits = {key: head(encoded.features) for key, head in self.heads.items()}
         return StepOutput(
@@ -252,13 +257,12 @@ class Task(LightningModule):
     def train(self, mode: bool = True) -> Task:
         """Set modes; frozen stages stay in evaluation mode, BatchNorm follows its policy."""
         super().train(mode)
-        if mode and hasattr(self, "batchnorm"):
+        if mode:
+            apply_batchnorm_policy(self.backbone, self.batchnorm, len(self.domains))
             for stage in self.backbone.stages:
                 if stage.name in self._frozen_stages:
                     for module in stage.modules:
                         module.eval()
-            if self.batchnorm == "frozen":
-                freeze_statistics_(self.backbone)
         return self
 
     # -- life cycle --------------------------------------------------------------------------------------------

@@ -51,9 +51,8 @@ class L2SPPenalty(WeightPenalty):
         """Add alpha (w - w0) to the backbone's gradients and beta w to the heads'."""
         weights, anchors = self._pairs()
         if weights:
-            grads = [_grad(p) for p in weights]
-            torch._foreach_add_(grads, weights, alpha=weight)  # type: ignore[arg-type]
-            torch._foreach_add_(grads, anchors, alpha=-weight)  # type: ignore[arg-type]
+            # The difference first: alpha w - alpha w0 would round to a pull even where w = w0.
+            torch._foreach_add_([_grad(p) for p in weights], torch._foreach_sub(weights, anchors), alpha=weight)
         own = [p for p in self._own if p.requires_grad]
         if own and self.ratio:
             torch._foreach_add_([_grad(p) for p in own], own, alpha=weight * self.ratio)  # type: ignore[arg-type]

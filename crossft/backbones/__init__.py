@@ -1,0 +1,25 @@
+"""Backbones: pretrained networks with ordered stages. timm and transformers are imported when one is built."""
+
+from crossft.backbones.base import Backbone
+from crossft.backbones.batchnorm import (
+    BatchNormPolicy,
+    DomainBatchNorm,
+    apply_batchnorm_policy,
+    batch_norms,
+    freeze_statistics_,
+    reestimate_,
+    set_domains,
+)
+from crossft.backbones.timm import Timm
+
+__all__ = [
+    "Backbone",
+    "BatchNormPolicy",
+    "DomainBatchNorm",
+    "Timm",
+    "apply_batchnorm_policy",
+    "batch_norms",
+    "freeze_statistics_",
+    "reestimate_",
+    "set_domains",
+]

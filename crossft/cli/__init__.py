@@ -1,0 +1,76 @@
+"""The command line: ``crossft COMMAND ...``.
+
+This module answers ``--help`` and refuses unknown commands without importing torch; a command's own module is
+imported when the command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from crossft import __version__
+from crossft.errors import ConfigError, CrossftError, Interrupted
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "fit": ("legs", "train a run: the source first where the config says so, then the target"),
+    "resume": ("legs", "continue a run from its folder, to the same bits"),
+    "test": ("evaluate", "measure a run's model on the test splits"),
+    "validate": ("evaluate", "measure a run's model on the validation splits"),
+    "predict": ("predict", "write predictions for files, a folder or a table as CSV or Parquet"),
+    "export": ("export", "write a run's backbone as a plain timm state or a transformers folder"),
+    "inspect": ("inspect", "print the stages of a config's model, with parameter counts"),
+    "list": ("list", "list the methods, backbones or tasks, with the paper each"),
+    "compare": ("compare", "put runs side by side: gain and retention with confidence intervals"),
+}
+
+USAGE = """usage: crossft COMMAND [ARGUMENTS]      (crossft COMMAND --help explains a command)
+
+Fine-tune pretrained vision and text models across named domains, with every method a switch,
+and the gain on the target and the retention on the source always measured.
+
+commands:
+{commands}
+
+first steps:
+  crossft fit --config configs/vision/domains.yaml --data.root DIR --data.source photo --data.target sketch
+  crossft fit --config configs/text/domains.yaml   --data.root DIR --data.source books --data.target kitchen
+DIR holds one folder (DOMAIN/CLASS/image) or one file (DOMAIN.csv|tsv|jsonl|parquet) a domain.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or configuration, 143 stopped.
+
+    Args:
+        argv: the arguments after ``crossft``; default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())))
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"crossft {__version__}")
+        return 0
+    command = arguments.pop(0)
+    if command not in COMMANDS:
+        return _complain(f"unknown command {command!r}; commands: {', '.join(COMMANDS)}", 2)
+    try:
+        return int(import_module(f"crossft.cli.{COMMANDS[command][0]}").run(command, arguments) or 0)
+    except Interrupted as stop:
+        return _complain(str(stop), 143)
+    except ConfigError as error:
+        return _complain(str(error), 2)
+    except CrossftError as error:
+        return _complain(str(error), 1)
+
+
+def _complain(message: str, code: int) -> int:
+    """Print one message, from the first process only, and return the exit code."""
+    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:
+        print(f"crossft: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,220 @@
+"""The configuration: LightningCLI's parser with our own top-level keys; it parses, and builds nothing."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from crossft.cli.options import CheckpointOptions, RunOptions, WandbOptions
+from crossft.cli.safety import check_values, deny_by_default, take_allowed
+from crossft.data import DomainData
+from crossft.errors import ConfigError, CrossftError, UnsafeConfigError
+from crossft.tasks import Task
+
+__all__ = ["Settings"]
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the batch sampler cuts the global order over the ranks itself
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "max_epochs": 3,
+    "logger": True,  # true: metrics.csv and W&B
+}
+
+
+class _Parser(LightningArgumentParser):
+    """The parser behind one command: a wrong argument is our error, not an exit of the process."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raise instead of printing the usage."""
+        raise translated(message) from None
+
+
+def translated(message: str) -> ConfigError:
+    """Our error for one of the parser's messages: its last words are what went wrong."""
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+    text = " ".join(lines) or "the configuration cannot be read"
+    if "import path denylist" in text:
+        path = re.search(r"Importing '([^']+)' is not allowed", text)
+        name = path.group(1) if path else "?"
+        package = name.split(".")[0]
+        return UnsafeConfigError(
+            f"{name!r} lies outside the packages a config may name (crossft, torch, lightning, torchmetrics, timm, "
+            f"transformers, peft); if you trust the package, add --allow {package} to the command line"
+        )
+    return ConfigError(text[:2000])
+
+
+class Settings(LightningCLI):
+    """One parsed configuration. ``config`` holds the values; nothing is built until it is asked for.
+
+    A flag on the command line always wins: over every ``--config`` wherever it stands, and over a checkpoint, from
+    which no setting is ever read.
+
+    Args:
+        arguments: command line arguments (list), or a whole config as plain values (dict).
+        command: name shown in the help text.
+        allowed: packages from ``--allow``, where the arguments are a dict.
+
+    Raises:
+        ConfigError: a value that does not parse, an unknown key, or a null for a method that is not there.
+        UnsafeConfigError: a value that names code outside the allowed packages, or a function.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str] | dict[str, Any], command: str = "fit", allowed: Sequence[str] = ()
+    ) -> None:
+        self.allowed = list(allowed)
+        args: ArgsType
+        if isinstance(arguments, dict):
+            args = arguments
+        else:
+            arguments, more = take_allowed(arguments)
+            self.allowed += more
+            args = configs_first(arguments)
+        deny_by_default(self.allowed)
+        super().__init__(
+            Task,
+            DomainData,
+            save_config_callback=None,
+            trainer_class=Trainer,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            parser_kwargs={"prog": f"crossft {command}", "description": DESCRIPTION, "default_env": False},
+            parser_class=_Parser,
+            subclass_mode_model=True,
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    # -- what LightningCLI asks a subclass for ------------------------------------------------------------------
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys of a run."""
+        parser.add_argument("--experiment", type=str, default="default", help="The comparison this run belongs to.")
+        parser.add_argument("--arm", type=str, default="default", help="Which arm of the comparison this run is.")
+        parser.add_argument(
+            "--methods", type=dict[str, Callback | None], default={}, help="Named switches; null switches one off."
+        )
+        parser.add_argument(
+            "--init", type=str | None, default=None, help="Run folder or checkpoint whose model this run starts from."
+        )
+        parser.add_argument(
+            "--source_leg",
+            type=dict[str, Any] | None,
+            default=None,
+            help="Overrides for the run that fits the source first; null: no such run.",
+        )
+        parser.add_argument(
+            "--before", type=bool, default=True, help="Measure the starting model on the test splits first."
+        )
+        parser.add_argument(
+            "--select", type=str | None, default=None, help="Validation metric that chooses the checkpoint; null: last."
+        )
+        parser.add_argument(
+            "--select_oracle", type=bool, default=False, help="Let an unlabeled target's labels choose the checkpoint."
+        )
+        parser.add_class_arguments(RunOptions, "run")
+        parser.add_class_arguments(CheckpointOptions, "checkpoints")
+        parser.add_class_arguments(WandbOptions, "wandb")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, turning every failure into one of our errors."""
+        try:
+            self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        except CrossftError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, OSError, yaml.YAMLError) as error:
+            raise translated(str(error)) from error
+        check_values(self.config, self.allowed)
+        self._check_methods([] if isinstance(args, dict) else list(args or []))
+
+    def _parse_ckpt_path(self) -> None:
+        """Read nothing from a checkpoint: flags win, and a checkpoint names no class."""
+
+    def _set_seed(self) -> None:
+        """Seed nothing while parsing: a leg seeds before it builds its task."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing while parsing."""
+
+    # -- our own ------------------------------------------------------------------------------------------------
+
+    def _check_methods(self, arguments: list[str]) -> None:
+        """Refuse a null for a name that no config and no flag gives a class, then drop the nulls."""
+        methods: dict[str, Any] = self.config.methods or {}
+        known = {name for name, value in methods.items() if value is not None} | _names_in(arguments)
+        for name, value in methods.items():
+            if value is None and name not in known:
+                raise ConfigError(
+                    f"methods.{name}=null switches off a method that is not there; "
+                    f"the methods of this config are {', '.join(sorted(known)) or 'none'}"
+                )
+        self.config.methods = {name: value for name, value in methods.items() if value is not None}
+
+    def plain(self) -> dict[str, Any]:
+        """The whole configuration as plain values: what ``config.yaml`` holds, and what runs it again."""
+        text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        return dict(yaml.safe_load(text))
+
+    def build(self, *keys: str) -> Namespace:
+        """Build the objects under these top-level keys (``data``, ``model``, ``trainer``, ``methods``).
+
+        Raises:
+            ConfigError: an argument that the class itself refuses.
+        """
+        part = Namespace()
+        for key in keys:
+            part[key] = self.config[key]
+        return self.parser.instantiate(part)
+
+
+DESCRIPTION = "Config keys and their defaults; --config FILE reads them from YAML, every flag wins over the files."
+_CONFIG = re.compile(r"^(--config|-c)(=.*)?$")
+_METHOD = re.compile(r"^--methods\.([^.=]+)(?:=(.*))?$")
+
+
+def configs_first(arguments: Sequence[str]) -> list[str]:
+    """Move every ``--config FILE`` to the front, in order, so that flags win wherever they stand."""
+    configs: list[str] = []
+    flags: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if match := _CONFIG.match(word):
+            configs += [word] if match.group(2) else [word, *([following] if (following := next(words, "")) else [])]
+        else:
+            flags.append(word)
+    return configs + flags
+
+
+def _names_in(arguments: Sequence[str]) -> set[str]:
+    """Method names with a class, in the config files and flags of a command line."""
+    names: set[str] = set()
+    for index, word in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        if match := _CONFIG.match(word):
+            names |= _names_in_file(Path((match.group(2) or "")[1:] or following))
+        elif (match := _METHOD.match(word)) and (match.group(2) or following) not in ("null", "None", ""):
+            names.add(match.group(1))
+    return names
+
+
+def _names_in_file(path: Path) -> set[str]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return set()
+    methods = found.get("methods") if isinstance(found, dict) else None
+    return {name for name, value in methods.items() if value is not None} if isinstance(methods, dict) else set()

@@ -1,0 +1,85 @@
+"""Texts become token ids once, before training; batches are padded to their own longest text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crossft.types import TextSpec
+
+__all__ = ["Tokens", "pad", "tokenize"]
+
+
+@dataclass(eq=False)
+class Tokens:
+    """Token ids of many texts in one flat array.
+
+    Attributes:
+        ids: all token ids, int32; ``types`` the token types beside them, or None.
+        starts: [n + 1] where each text starts.
+        pad_id, pad_type: fill values of padding.
+        left: whether padding goes before the text.
+    """
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32] | None
+    starts: NDArray[np.int64]
+    pad_id: int
+    pad_type: int = 0
+    left: bool = False
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each text [n]."""
+        return np.diff(self.starts)
+
+    def row(self, index: int) -> dict[str, NDArray[np.int32]]:
+        """The token arrays of one text."""
+        part = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        out = {"input_ids": self.ids[part]}
+        if self.types is not None:
+            out["token_type_ids"] = self.types[part]
+        return out
+
+
+def tokenize(texts: Sequence[Any], spec: TextSpec, max_length: int | None = None, chunk: int = 4096) -> Tokens:
+    """Tokenize strings or pairs of strings, truncated to the smaller of ``max_length`` and the backbone's own limit."""
+    limit = spec.max_length if max_length is None else min(max_length, spec.max_length)
+    ids: list[Any] = []
+    types: list[Any] = []
+    for start in range(0, len(texts), chunk):
+        part = texts[start : start + chunk]
+        pair = isinstance(part[0], tuple)
+        first, second = ([t[0] for t in part], [t[1] for t in part]) if pair else (list(part), None)
+        coded = spec.tokenizer(first, second, truncation=True, max_length=limit, padding=False)
+        ids += coded["input_ids"]
+        types += coded.get("token_type_ids", [])
+    starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+    return Tokens(
+        np.array([t for i in ids for t in i], np.int32),
+        np.array([t for i in types for t in i], np.int32) if types else None,
+        starts,
+        spec.tokenizer.pad_token_id or 0,
+        getattr(spec.tokenizer, "pad_token_type_id", 0) or 0,
+        spec.tokenizer.padding_side == "left",
+    )
+
+
+def pad(rows: Sequence[dict[str, NDArray[np.int32]]], tokens: Tokens) -> dict[str, Tensor]:
+    """Stack token rows to [b, longest], int64, with an ``attention_mask``."""
+    longest = max(len(r["input_ids"]) for r in rows)
+    out = {k: torch.full((len(rows), longest), tokens.pad_type if k == "token_type_ids" else tokens.pad_id) for k in rows[0]}
+    out["attention_mask"] = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        part = slice(longest - n, longest) if tokens.left else slice(0, n)
+        for key, values in row.items():
+            out[key][i, part] = torch.from_numpy(values.astype(np.int64))
+        out["attention_mask"][i, part] = 1
+    return out
