@@ -11,12 +11,14 @@ from crossft.backbones.batchnorm import (
     set_domains,
 )
 from crossft.backbones.timm import Timm
+from crossft.backbones.transformer import Transformer
 
 __all__ = [
     "Backbone",
     "BatchNormPolicy",
     "DomainBatchNorm",
     "Timm",
+    "Transformer",
     "apply_batchnorm_policy",
     "batch_norms",
     "freeze_statistics_",

@@ -1,4 +1,4 @@
-"""BatchNorm policies: who sets the running statistics. Scale and shift (gamma, beta) follow their stage, not the policy."""
+"""BatchNorm policies: who sets the running statistics. Gamma and beta follow their stage, not the policy."""
 
 from __future__ import annotations
 
@@ -127,6 +127,8 @@ class DomainBatchNorm(nn.Module):
         if not self.training:
             trained = trained & (self.seen[row] > 0)
         base_mean, base_var = self.base.running_mean, self.base.running_var
+        assert base_mean is not None
+        assert base_var is not None
         mean = torch.where(trained[:, None], self.running_mean[row], base_mean)
         var = torch.where(trained[:, None], self.running_var[row], base_var)
         if self.training:

