@@ -1,0 +1,204 @@
+"""What a training step costs beyond the arithmetic: bare Lightning and crossft over a hand-written PyTorch loop.
+
+    python benchmarks/step_overhead.py [--pairs 20] [--steps 600] [--help-runs 5]
+
+The net is 16 wide and linear, so nearly all of a step is bookkeeping. All three train the same net on the same
+batches with AdamW; crossft also keeps what every run of it keeps: mixed domains, named parameter groups, the schedule,
+the logged loss, `metrics.csv` and checkpoints in a run folder. The three take turns in one process; the first steps of
+each turn are not counted, nor are the ends of a fit. The bounds are <= 1.3 for the ratio of the two extra costs, and
+<= 10 for the time of `crossft --help` against `python -c pass`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from crossft.backbones import Backbone
+from crossft.backbones.base import StagePlan
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, RunLog
+from crossft.runs import RunFolder
+from crossft.tasks import Classification
+from crossft.types import Batch, Domain, Encoded, ImageSpec
+
+WIDTH, CLASSES, ROWS, WARM_UP = 16, 4, 16, 100
+MAX_RATIO, MAX_HELP = 1.3, 10.0
+Rows = list[tuple[Tensor, Tensor]]
+
+
+class LinearBackbone(Backbone):
+    """One linear stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.num_features, self.pretrained = WIDTH, True
+        self.input_spec = ImageSpec((1, WIDTH), (0.0,), (1.0,), channels=1)
+        self._plans = (StagePlan("linear", ("linear",)),)
+
+    def _encode(self, start: int, value: Tensor | None, inputs: Any, capture: Any) -> Encoded:
+        return Encoded(features=self.linear(inputs["pixel_values"]))
+
+    def _reason(self, index: int) -> str | None:
+        return None
+
+    def export(self, folder: Path) -> Path:
+        raise AssertionError("never exported")
+
+
+class Bare(pl.LightningModule):
+    """The least a LightningModule can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=3e-4)
+
+
+class Clock(pl.Callback):
+    """Seconds a step, from the end of the warm-up to the end of the last step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.start, self.seconds = steps, 0.0, 0.0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == WARM_UP:
+            self.start = time.perf_counter()
+        elif batch_idx + 1 == self.steps:
+            self.seconds = (time.perf_counter() - self.start) / (self.steps - WARM_UP)
+
+
+def loop(rows: Rows) -> float:
+    """Seconds a step of the hand-written loop."""
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
+    start = 0.0
+    for i, (x, y) in enumerate(rows):
+        if i == WARM_UP:
+            start = time.perf_counter()
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (time.perf_counter() - start) / (len(rows) - WARM_UP)
+
+
+def fit(module: pl.LightningModule, batches: list[Any], callbacks: list[Any], **settings: Any) -> float:
+    """Seconds a step of one epoch under a Lightning trainer."""
+    clock = Clock(len(batches))
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[*callbacks, clock],
+        **settings,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda b: b))
+    return clock.seconds
+
+
+def bare(rows: Rows) -> float:
+    return fit(Bare(), rows, [], logger=False, enable_checkpointing=False)
+
+
+def ours(batches: list[Batch], folder: Path) -> float:
+    labels = tuple("abcd")
+    domains = [Domain("known", "source", labels=labels), Domain("new", "target", labels=labels)]
+    task = Classification(LinearBackbone(), domains)
+    RunFolder.create(folder)
+    settings = {"logger": RunLog(folder), "plugins": AtomicCheckpointIO()}
+    return fit(task, batches, [Checkpoints(folder)], **settings)
+
+
+def make_batches(steps: int) -> tuple[Rows, list[Batch]]:
+    """The same rows twice: as (inputs, targets), and as mixed batches of two domains."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        (torch.randn(ROWS, WIDTH, generator=generator), torch.randint(CLASSES, (ROWS,), generator=generator))
+        for _ in range(steps)
+    ]
+    domains = torch.arange(ROWS) % 2
+    labeled = torch.ones(ROWS, dtype=torch.bool)
+    batches = [
+        Batch({"pixel_values": x}, y, labeled, domains, torch.arange(ROWS), (ROWS / 2, ROWS / 2), float(ROWS), step)
+        for step, (x, y) in enumerate(rows)
+    ]
+    return rows, batches
+
+
+def step_costs(pairs: int, steps: int) -> float:
+    """Print the table of costs; return crossft's extra cost over bare Lightning's."""
+    rows, batches = make_batches(steps)
+    times: dict[str, list[float]] = {"loop": [], "bare Lightning": [], "crossft": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for pair in range(pairs):
+            times["loop"].append(loop(rows))
+            times["bare Lightning"].append(bare(rows))
+            times["crossft"].append(ours(batches, Path(folder) / str(pair)))
+    print(f"{'':16}{'us a step':>12}{'extra':>12}{'quartiles of the extra':>28}   (median of {pairs})")
+    extra = {}
+    for name, values in times.items():
+        over = sorted((v - base) * 1e6 for v, base in zip(values, times["loop"], strict=True))
+        extra[name] = statistics.median(over)
+        quartiles = f"{over[len(over) // 4]:.0f} .. {over[(3 * len(over)) // 4]:.0f}"
+        print(f"{name:16}{statistics.median(values) * 1e6:12.0f}{extra[name]:12.0f}{quartiles:>28}")
+    return extra["crossft"] / extra["bare Lightning"]
+
+
+def seconds(command: list[str], runs: int) -> float:
+    """Median wall time of a command."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=600, help="steps of one turn, the warm-up included")
+    parser.add_argument("--help-runs", type=int, default=5, help="0 leaves the start-up times out")
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    ratio = step_costs(args.pairs, args.steps)
+    print(f"\ncrossft's extra cost over bare Lightning's: {ratio:.2f} (bound {MAX_RATIO})")
+    holds = ratio <= MAX_RATIO
+    if args.help_runs:
+        plain = seconds([sys.executable, "-c", "pass"], args.help_runs)
+        shown = seconds([sys.executable, "-m", "crossft.cli", "--help"], args.help_runs)
+        print(
+            f"crossft --help {shown:.3f} s, python -c pass {plain:.3f} s: {shown / plain:.1f} times (bound {MAX_HELP})"
+        )
+        holds = holds and shown / plain <= MAX_HELP
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
