@@ -1,11 +1,10 @@
-"""What a run gains and keeps: the primary metric of a kind of labels, retention, gain."""
+"""The primary metric of a kind of labels, in which retention and gain are measured."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-from crossft.runs import higher_is_better
+from crossft.runs import gain, higher_is_better, retention
 from crossft.types import Kind
 
 __all__ = ["PrimaryMetric", "gain", "primary_metric", "retention"]
@@ -36,44 +35,3 @@ def primary_metric(kind: Kind) -> PrimaryMetric:
     """
     name = _PRIMARY[kind]
     return PrimaryMetric(name, higher_is_better(name))
-
-
-def retention(before: float | None, after: float | None, higher_is_better: bool = True) -> float | None:
-    """Share of a metric that is kept: after / before, or before / after for an error.
-
-    None where the ratio makes no sense: a value is missing; before is zero or less, or after is negative, as
-    correlations and R2 can be; or an error is zero on either side. The difference (``gain``) always stands beside it.
-
-    Example:
-        >>> retention(0.8, 0.6)
-        0.75
-        >>> retention(2.0, 4.0, higher_is_better=False)
-        0.5
-    """
-    if _missing(before) or _missing(after):
-        return None
-    assert before is not None
-    assert after is not None
-    if higher_is_better:
-        return after / before if before > 0 and after >= 0 else None
-    return before / after if before > 0 and after > 0 else None
-
-
-def gain(before: float | None, after: float | None, higher_is_better: bool = True) -> float | None:
-    """Improvement of a metric: after - before, and before - after for an error, so that more is always better.
-
-    None where a value is missing.
-
-    Example:
-        >>> gain(0.5, 0.75)
-        0.25
-    """
-    if _missing(before) or _missing(after):
-        return None
-    assert before is not None
-    assert after is not None
-    return after - before if higher_is_better else before - after
-
-
-def _missing(value: float | None) -> bool:
-    return value is None or not math.isfinite(value)
