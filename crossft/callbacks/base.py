@@ -55,7 +55,7 @@ class MethodCallback(Callback, ABC):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for role, need in (("source", self.needs_source), ("target", self.needs_target)):
             if need != "none":
-                data.include(role, labeled=need == "labeled", needed_by=f"methods.{self.name}")
+                data.include(role, unlabeled=need == "unlabeled")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(method_seed(self.name))
             pl_module.attach(self.name, self.build(pl_module), self.weight)

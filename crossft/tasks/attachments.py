@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,40 +50,48 @@ class Attachments(nn.Module):
         weight = self.weights[name]
         return weight(progress) if callable(weight) else weight
 
+    def named_terms(self) -> list[tuple[str, LossTerm]]:
+        """Loss terms in name order."""
+        return sorted(cast("dict[str, LossTerm]", dict(self.terms.items())).items())
+
+    def named_penalties(self) -> list[tuple[str, WeightPenalty]]:
+        """Weight penalties in name order."""
+        return sorted(cast("dict[str, WeightPenalty]", dict(self.penalties.items())).items())
+
     @property
     def needs_stages(self) -> tuple[str, ...]:
         """Stages whose outputs the attached terms read."""
-        return tuple(sorted({stage for term in self.terms.values() for stage in term.needs_stages}))
+        return tuple(sorted({stage for _, term in self.named_terms() for stage in term.needs_stages}))
 
     @property
     def trains_source_head(self) -> bool:
         """Whether any attached term trains the source's own head."""
-        return any(term.trains_source_head for term in self.terms.values())
+        return any(term.trains_source_head for _, term in self.named_terms())
 
     def add_terms(self, loss: Tensor, step: StepOutput, model: HasBackbone) -> tuple[Tensor, dict[str, Tensor]]:
         """Add every term times its weight to the task loss, in name order; return the sum and the raw values."""
         values: dict[str, Tensor] = {}
-        for name in sorted(self.terms):
-            value = self.terms[name](step, model)
+        for name, term in self.named_terms():
+            value = term(step, model)
             loss = loss + self.weight(name, step.progress) * value
             values[name] = value.detach()
         return loss, values
 
     def add_penalty_grads_(self, progress: float) -> None:
         """Add every penalty's weighted gradient to ``.grad``, in name order."""
-        for name in sorted(self.penalties):
-            self.penalties[name].add_grad_(self.weight(name, progress))
+        for name, penalty in self.named_penalties():
+            penalty.add_grad_(self.weight(name, progress))
 
     @torch.no_grad()
     def logs(self, values: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
         """``term/NAME``, ``term/NAME/weighted`` and the terms' own scalars, for a step that is logged."""
-        raw = {**values, **{name: self.penalties[name].value() for name in sorted(self.penalties)}}
+        raw = {**values, **{name: penalty.value() for name, penalty in self.named_penalties()}}
         logs: dict[str, Tensor] = {}
         for name, value in raw.items():
             logs[f"term/{name}"] = value
             logs[f"term/{name}/weighted"] = self.weight(name, progress) * value
-        for name in sorted(self.terms):
-            logs |= {f"term/{name}/{key}": v for key, v in self.terms[name].logs().items()}
+        for name, term in self.named_terms():
+            logs |= {f"term/{name}/{key}": v for key, v in term.logs().items()}
         return logs
 
     def save(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,7 +18,7 @@ from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
-from crossft.types import Batch, Domain, LossTerm, StepOutput, WeightPenalty, head_of
+from crossft.types import Batch, Domain, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
 __all__ = ["Task"]
 
@@ -45,6 +45,9 @@ class Task(LightningModule):
         ConfigError: no domains, or a setting out of range.
     """
 
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+    """Kinds of label spaces the task learns."""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -59,6 +62,10 @@ class Task(LightningModule):
         super().__init__()
         if not domains:
             raise ConfigError("domains=[] is empty: a task needs at least one; pass data.domains after data.prepare()")
+        for domain in domains:
+            if domain.kind not in self.kinds:
+                other = "Regression" if domain.kind == "regression" else "Classification"
+                raise ConfigError(f"domain {domain.name!r} has {domain.kind} labels; use crossft.tasks.{other}")
         self.domains: tuple[Domain, ...] = tuple(domains)
         self.head_keys = head_of(self.domains)
         self.backbone = backbone
@@ -155,7 +162,7 @@ class Task(LightningModule):
         quota = batch.labeled_quota or float(max(1, len(batch)))
         task_loss = step.per_sample_loss.sum() / quota
         loss, values = self.attachments.add_terms(task_loss, step, self)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             logs = {"train/loss": task_loss.detach(), **self.attachments.logs(values, step.progress)}
             self.log_dict(logs, batch_size=1, sync_dist=self.trainer.world_size > 1)
         return loss

@@ -32,6 +32,8 @@ class Classification(Task):
         ConfigError: ``label_smoothing`` out of [0, 1), class weights that do not fit, or a regression domain.
     """
 
+    kinds = ("multiclass", "multilabel")
+
     def __init__(
         self,
         backbone: Backbone,
@@ -43,9 +45,6 @@ class Classification(Task):
         super().__init__(backbone, domains, **kwargs)
         if not 0.0 <= label_smoothing < 1.0:
             raise ConfigError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-        for domain in self.domains:
-            if domain.kind == "regression":
-                raise ConfigError(f"domain {domain.name!r} has numbers as labels; use crossft.tasks.Regression")
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.register_buffer("_weights", None, persistent=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from crossft.metrics import confusion, domain_metrics
 from crossft.types import Domain, StepOutput
@@ -33,45 +34,52 @@ class Evaluation(nn.Module):
         self.domains = {d.name: d for d in domains}
         self.names = display_names(domains)
         self.metrics = nn.ModuleList([domain_metrics(d) for d in domains])
-        self.confusions = nn.ModuleList([m for d in domains if (m := confusion(d)) is not None])
         self._index = {d.name: i for i, d in enumerate(domains)}
-        matrices = [d.name for d in domains if confusion(d) is not None]
-        self._confusion_index = {name: i for i, name in enumerate(matrices)}
+        classes = [d for d in domains if d.kind != "regression"]
+        self.confusions = nn.ModuleList([confusion(d) for d in classes])
+        self._confusion_index = {d.name: i for i, d in enumerate(classes)}
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(len(self.domains), 2, dtype=torch.float64), persistent=False)
         self.confusion_matrices: dict[str, Tensor] = {}
 
+    def _metric(self, index: int) -> MetricCollection:
+        return cast(MetricCollection, self.metrics[index])
+
+    def _confusion(self, name: str) -> Metric:
+        return cast(Metric, self.confusions[self._confusion_index[name]])
+
     def reset(self) -> None:
         """Forget what was seen."""
-        for metric in [*self.metrics, *self.confusions]:
-            metric.reset()  # type: ignore[operator]
-        self.seen.zero_()  # type: ignore[operator]
+        for metric in cast("list[Metric]", [*self.metrics, *self.confusions]):
+            metric.reset()
+        self.seen.zero_()
 
     def update(self, name: str, predictions: Tensor, step: StepOutput) -> None:
         """Add the labeled rows of one batch of domain ``name``; padding and unlabeled rows count nowhere."""
         batch, index = step.batch, self._index[name]
         keep = batch.labeled & (batch.domains >= 0)
-        self.seen[index, 0] += keep.sum()  # type: ignore[index]
-        self.seen[index, 1] += step.per_sample_loss.detach().sum()  # type: ignore[index]
+        self.seen[index, 0] += keep.sum()
+        self.seen[index, 1] += step.per_sample_loss.detach().sum()
         if bool(keep.any()):
             predictions, targets = predictions[keep].float(), batch.targets[keep]
             if self.domains[name].kind == "multilabel":
                 targets = targets.long()
-            self.metrics[index].update(predictions, targets)  # type: ignore[operator]
+            self._metric(index).update(predictions, targets)
             if name in self._confusion_index:
-                self.confusions[self._confusion_index[name]].update(predictions, targets)  # type: ignore[operator]
+                self._confusion(name).update(predictions, targets)
 
-    def compute(self, split: str, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def compute(self, split: str, gather: Callable[..., Any]) -> dict[str, Any]:
         """``DOMAIN/split/METRIC`` of every domain of which any process has seen a labeled row."""
-        total = gather(self.seen)  # type: ignore[arg-type]
-        total = total.reshape(-1, *self.seen.shape).sum(0)  # type: ignore[operator]
+        total = gather(self.seen)
+        total = total.reshape(-1, *self.seen.shape).sum(0)
         logs: dict[str, Any] = {}
         for name, index in self._index.items():
             if total[index, 0] > 0:
                 prefix = f"{self.names[name]}/{split}"
                 logs[f"{prefix}/loss"] = (total[index, 1] / total[index, 0]).float()
-                for key, value in self.metrics[index].compute().items():  # type: ignore[operator]
+                for key, value in self._metric(index).compute().items():
                     logs[f"{prefix}/{key}"] = value.float()
                 if name in self._confusion_index:
-                    matrix = self.confusions[self._confusion_index[name]].compute()  # type: ignore[operator]
+                    matrix = self._confusion(name).compute()
                     self.confusion_matrices[name] = matrix.cpu()
         return logs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossft.backbones import Backbone
-from crossft.errors import ConfigError
 from crossft.tasks.base import Task
 from crossft.types import Domain
 
@@ -33,6 +33,8 @@ class Regression(Task):
         ConfigError: a domain whose labels are classes.
     """
 
+    kinds = ("regression",)
+
     def __init__(
         self,
         backbone: Backbone,
@@ -42,11 +44,12 @@ class Regression(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, domains, **kwargs)
-        for domain in self.domains:
-            if domain.kind != "regression":
-                raise ConfigError(f"domain {domain.name!r} has classes as labels; use crossft.tasks.Classification")
-        self.loss = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}[loss]
+        losses: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+        self.loss = losses[loss]
         self.standardize = standardize
+        self.label_mean: Tensor
+        self.label_scale: Tensor
+        self.label_known: Tensor
         self.register_buffer("label_mean", torch.zeros(()))
         self.register_buffer("label_scale", torch.ones(()))
         self.register_buffer("label_known", torch.zeros((), dtype=torch.bool))
@@ -54,16 +57,16 @@ class Regression(Task):
     def setup(self, stage: str) -> None:
         """Take mean and scale from the training labels, once in the life of a model."""
         super().setup(stage)
-        if stage == "fit" and self.standardize and not bool(self.label_known):  # type: ignore[arg-type]
+        if stage == "fit" and self.standardize and not bool(self.label_known):
             mean, scale = self.trainer.datamodule.label_moments()  # type: ignore[attr-defined]
-            self.label_mean.fill_(mean)  # type: ignore[operator]
-            self.label_scale.fill_(scale or 1.0)  # type: ignore[operator]
-            self.label_known.fill_(True)  # type: ignore[operator]
+            self.label_mean.fill_(mean)
+            self.label_scale.fill_(scale or 1.0)
+            self.label_known.fill_(True)
 
     def per_sample_loss(self, logits: Tensor, targets: Tensor, domain: Domain) -> Tensor:
         """Loss of each row in standard units, [b]."""
-        return self.loss(logits[:, 0], (targets - self.label_mean) / self.label_scale, reduction="none")  # type: ignore[operator]
+        return self.loss(logits[:, 0], (targets - self.label_mean) / self.label_scale, reduction="none")
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Values [b] in the label's own units."""
-        return logits[:, 0] * self.label_scale + self.label_mean  # type: ignore[operator]
+        return logits[:, 0] * self.label_scale + self.label_mean

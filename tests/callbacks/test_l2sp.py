@@ -34,7 +34,7 @@ def test_it_adds_to_the_gradient_that_is_there() -> None:
 
 
 def test_frozen_parameters_are_left_alone() -> None:
-    shared, own, term = penalty()
+    shared, _, term = penalty()
     shared.weight.requires_grad_(False)
     full = term.value()
     term.add_grad_(1.0)

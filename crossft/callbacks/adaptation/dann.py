@@ -87,5 +87,6 @@ class DANN(MethodCallback):
         for i, domain in enumerate(task.domains):
             if domain.role in ids:
                 ids[domain.role].append(i)
-        classes = [(i,) for role in ids.values() for i in role] if self.multi else [tuple(v) for v in ids.values()]
+        groups = [[i] for role in ids.values() for i in role] if self.multi else list(ids.values())
+        classes = [tuple(group) for group in groups]
         return DomainAdversarial(task.backbone.num_features, classes, self.hidden, self.gamma)

@@ -121,8 +121,10 @@ class AtomicCheckpointIO(CheckpointIO):
         entry = {"schema": 1, "file": path.name, "bytes": size, "sha256": digest, "step": checkpoint["global_step"]}
         write_json(manifest_of(path), entry)
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Check against the manifest where there is one, then read tensors and plain values."""
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Check against the manifest where there is one, then read tensors and plain values, whatever is asked."""
         path = Path(path)
         if manifest_of(path).is_file():
             check(path)

@@ -68,17 +68,18 @@ class Checkpoints(Checkpoint):
             pl_module.attachments.anchors = Anchors(self.folder.anchors, write=trainer.is_global_zero)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take SIGTERM: set a flag, nothing else; Lightning puts the former handler back at the end of the fit."""
+        """Put every RNG back after a resume, and take SIGTERM: the handler sets a flag, nothing else.
+
+        This callback is the last, so what others draw while starting does not count, and what they draw at the next
+        batch or epoch comes from the saved state. Lightning puts the former signal handler back after the fit.
+        """
         signal.signal(signal.SIGTERM, self._terminate)
-
-    def _terminate(self, signum: int, frame: FrameType | None) -> None:
-        self._terminated = True
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """After a resume, put every RNG back just before the first batch."""
         if self._rng is not None:
             _set_rng(self._rng)
             self._rng = None
+
+    def _terminate(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

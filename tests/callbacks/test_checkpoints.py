@@ -1,0 +1,214 @@
+"""Resuming from every checkpoint of a run gives the bits of the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from tiny import TinyVision, image_domains
+
+from crossft.callbacks.adaptation import DANN
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, RunLog, latest_valid, load_checkpoint
+from crossft.callbacks.monitoring.checkpoint_io import check, manifest_of, publish
+from crossft.callbacks.retention import L2SP
+from crossft.data import DomainData
+from crossft.errors import CheckpointError, Interrupted
+from crossft.optim import Cosine
+from crossft.runs import RunFolder, read_metrics
+from crossft.tasks import Classification
+
+
+class Recorder(Callback):
+    """Keeps the sample ids of every micro-batch, and draws from every global generator as a careless method would."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, list[int]]] = []
+        self.noise: list[tuple[float, float, float]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.seen.append((trainer.global_step, batch.sample_ids.tolist()))
+        self.noise.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+
+def train(data_root: Path, folder: Path, resume: Path | None = None, extra: tuple[Callback, ...] = (), **kwargs):
+    seed_everything(7, verbose=False)
+    data = DomainData(
+        root=data_root, source="photo", target="sketch", train_on=["source", "target"], target_labels="none",
+        batch_size=8, augment="flip", seed=7,
+    )  # fmt: skip
+    data.prepare()
+    task = Classification(
+        TinyVision(dropout=0.3, batchnorm=True),
+        list(data.domains),
+        schedule=Cosine(warmup=2),
+        batchnorm="training",
+    )
+    recorder = Recorder()
+    start = 0 if resume is None else load_checkpoint(resume)["global_step"]
+    trainer = Trainer(
+        **{"max_epochs": 3, "accumulate_grad_batches": 2, **kwargs},
+        callbacks=[DANN(hidden=8), L2SP(weight=0.1), recorder, Checkpoints(folder, every_n_steps=1, keep=100), *extra],
+        plugins=[AtomicCheckpointIO()],
+        logger=RunLog(folder, start),
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    return trainer, recorder
+
+
+def equal(a, b, path: str = "") -> None:
+    """Assert bit-equality of nested tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            equal(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            equal(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    root = image_domains(folder / "data", each=16)
+    trainer, recorder = train(root, folder / "run")
+    return root, folder / "run", recorder, trainer.global_step
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
+
+
+def test_every_step_and_every_epoch_end_was_saved(whole) -> None:
+    _, folder, _, steps = whole
+    assert [int(p.stem.split("-")[1]) for p in checkpoints(folder)] == list(range(1, steps + 1))
+    assert steps % 3 == 0
+    assert steps >= 6
+
+
+def test_resume_from_every_checkpoint_is_bit_equal(whole, tmp_path: Path) -> None:
+    root, folder, recorder, _ = whole
+    final = load_checkpoint(folder / "checkpoints" / "last.ckpt")
+    rows = read_metrics(RunFolder(folder).metrics)
+    for path in checkpoints(folder)[:-1]:
+        start = int(path.stem.split("-")[1])
+        run = tmp_path / str(start)
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "anchors").symlink_to(folder / "anchors")
+        (run / "metrics.csv").write_bytes((folder / "metrics.csv").read_bytes())
+        _, other = train(root, run, resume=path)
+        again = load_checkpoint(run / "checkpoints" / "last.ckpt")
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "terms", "global_step", "epoch", "callbacks"):
+            equal(final[part], again[part], f"from step {start}: {part}")
+        after = [(s, ids) for s, ids in recorder.seen if s >= start]
+        assert other.seen == after, f"sample ids after step {start}"
+        assert other.noise == recorder.noise[len(recorder.seen) - len(after) :], f"generators after step {start}"
+        assert repr(read_metrics(run / "metrics.csv")) == repr(rows)
+
+
+class TerminateAt(Callback):
+    def __init__(self, micro: int) -> None:
+        self.micro, self.count = micro, 0
+
+    def on_train_batch_start(self, *_) -> None:
+        self.count += 1
+        if self.count == self.micro:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("micro", [3, 8])
+def test_sigterm_saves_at_the_next_boundary_and_stops(whole, tmp_path: Path, micro: int) -> None:
+    """A signal within an accumulation window waits for its step; at an epoch's last step, for the validation."""
+    root, folder, _, _ = whole
+    with pytest.raises(Interrupted, match="after saving"):
+        train(root, tmp_path, extra=(TerminateAt(micro),))
+    path = latest_valid(tmp_path / "checkpoints")
+    assert int(path.stem.split("-")[1]) == (micro + 1) // 2
+    _, other = train(root, tmp_path, resume=path)
+    equal(
+        load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"],
+        load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"],
+    )
+    assert other.seen[0][0] == (micro + 1) // 2
+    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_damaged_or_half_written_checkpoint_is_passed_over(whole, tmp_path: Path) -> None:
+    _, folder, _, _ = whole
+    for path in checkpoints(folder)[-3:]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        manifest_of(tmp_path / path.name).write_bytes(manifest_of(path).read_bytes())
+    third, second, first = sorted(tmp_path.glob("*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
+    assert latest_valid(tmp_path) == first
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        check(first)
+    manifest_of(second).unlink()
+    with pytest.raises(CheckpointError, match="not completely written"):
+        check(second)
+    assert latest_valid(tmp_path) == third
+    third.write_bytes(third.read_bytes()[:-10])
+    assert latest_valid(tmp_path) is None
+
+
+def test_published_names_hold_the_same_checkpoint(whole) -> None:
+    _, folder, _, _ = whole
+    check(folder / "checkpoints" / "last.ckpt")
+    newest = checkpoints(folder)[-1]
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == newest.read_bytes()
+
+
+def test_the_checkpoint_holds_backbone_and_heads_and_the_terms_apart(whole) -> None:
+    _, folder, _, _ = whole
+    saved = load_checkpoint(checkpoints(folder)[-1])
+    assert {k.split(".")[0] for k in saved["state_dict"]} == {"backbone", "heads"}
+    assert set(saved["terms"]) == {"dann", "l2sp"}
+    assert saved["terms"]["l2sp"]["state"] == {}  # its anchors lie in the run folder, once
+    assert saved["terms"]["l2sp"]["anchors"]["file"] == "l2sp.safetensors"
+    assert "hyper_parameters" not in saved
+    assert [d["labels"] for d in saved["domains"]] == [["cat", "dog"]] * 2
+
+
+def test_a_changed_anchor_is_refused(whole, tmp_path: Path) -> None:
+    root, folder, _, _ = whole
+    (tmp_path / "anchors").mkdir()
+    data = bytearray((folder / "anchors" / "l2sp.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "anchors" / "l2sp.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum differs"):
+        train(root, tmp_path, resume=checkpoints(folder)[0])
+
+
+def test_publish_copies_where_links_are_not_possible(whole, tmp_path: Path, monkeypatch) -> None:
+    _, folder, _, _ = whole
+    source = checkpoints(folder)[0]
+    copy = tmp_path / source.name
+    copy.write_bytes(source.read_bytes())
+    manifest_of(copy).write_bytes(manifest_of(source).read_bytes())
+
+    def refuse(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    publish(copy, "best.ckpt")
+    check(tmp_path / "best.ckpt")
+    assert json.loads(manifest_of(tmp_path / "best.ckpt").read_text())["file"] == "best.ckpt"
