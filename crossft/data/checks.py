@@ -135,7 +135,7 @@ def _fresh(path: str, seen: Seen | None, verify: Verify) -> bool:
     if verify == "off":
         return True
     try:
-        stat = os.stat(path)
+        stat = Path(path).stat()
     except OSError:
         return False
     return (stat.st_size, stat.st_mtime_ns) == (seen.size, seen.mtime)
@@ -143,7 +143,7 @@ def _fresh(path: str, seen: Seen | None, verify: Verify) -> bool:
 
 def _read(path: str, decode: bool) -> Seen:
     try:
-        stat = os.stat(path)
+        stat = Path(path).stat()
         content = Path(path).read_bytes()
     except OSError as error:
         return Seen(0, 0, 0, f"no readable file: {error.strerror or error}")

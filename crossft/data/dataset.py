@@ -38,7 +38,7 @@ class Item:
 def seeded(seed: int) -> Iterator[None]:
     """Run a block under torch, random and numpy generators seeded by ``seed``, and put their states back after it."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     try:

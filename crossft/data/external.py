@@ -10,7 +10,7 @@ import pandas as pd
 from torch.utils.data import Dataset
 
 from crossft.data.readers import SPLIT_NAMES, Reader, table_of
-from crossft.data.table import Columns, Table
+from crossft.data.table import Columns, Concat, Table
 from crossft.errors import ConfigError, DataError
 
 __all__ = ["HuggingFace", "TorchDatasets"]
@@ -112,25 +112,11 @@ class _Column(Sequence[Any]):
         return self.data[int(index)][self.key]
 
 
-class _Chain(Sequence[Any]):
-    """Several sequences, one after the other."""
-
-    def __init__(self, parts: list[Sequence[Any]]) -> None:
-        self.places = [(part, i) for part in parts for i in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        part, i = self.places[index]
-        return part[i]
-
-
 def _joined(parts: list[Table]) -> Table:
     labels = [v for p in parts for v in (p.labels or [None] * len(p))]
     return Table(
         parts[0].modality,
-        _Chain([p.inputs for p in parts]) if parts[0].modality == "image" else [v for p in parts for v in p.inputs],
+        Concat([p.inputs for p in parts]) if parts[0].modality == "image" else [v for p in parts for v in p.inputs],
         None if all(p.labels is None for p in parts) else labels,
         [v for p in parts for v in p.where],
         [v for p in parts for v in (p.splits or [])],

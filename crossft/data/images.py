@@ -64,7 +64,7 @@ def _tail(spec: ImageSpec) -> list[Any]:
 
 
 def eval_transform(spec: ImageSpec) -> v2.Compose:
-    """The backbone's own evaluation preprocessing: resize, center crop, normalize. Image -> [channels, h, w] float32."""
+    """The backbone's own evaluation preprocessing: resize, center crop, normalize; gives [channels, h, w] float32."""
     height, width = spec.size
     scaled = [math.floor(side / spec.crop_pct) for side in (height, width)]
     resize = v2.Resize(scaled[0] if height == width else scaled, interpolation=_interpolation(spec), antialias=True)

@@ -142,5 +142,6 @@ def outside(label: Label, kind: Kind, index: dict[str, int]) -> str | None:
         return f"label {'|'.join(label)!r} names several classes; set data.kind to multilabel, or clean the row"
     for name in names_of(label, kind):
         if name not in index:
-            return f"label {name!r} is outside the label space {{{', '.join(index)}}}; correct it, or name it in data.labels"
+            space = ", ".join(index)
+            return f"label {name!r} is outside the label space {{{space}}}; correct it, or extend data.labels"
     return None

@@ -21,6 +21,7 @@ from crossft.types import Domain, Kind, Role
 __all__ = ["Draft", "Options", "Prepared", "prepare"]
 
 Splitting = Literal["auto", "given", "stratified", "group"]
+Space = tuple[Kind, tuple[str, ...]]
 Manifest = Mapping[str, Mapping[str, Sequence[int]]]
 
 
@@ -30,7 +31,7 @@ class Options:
 
     root: Path
     reader: Reader
-    columns: Columns = Columns()
+    columns: Columns
     kind: Kind | Literal["auto"] = "auto"
     labels: tuple[str, ...] | None = None
     split: Splitting = "auto"
@@ -60,6 +61,7 @@ class Draft:
     kind: Kind
     split: NDArray[np.int8]
     note: str = ""
+    dropped: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Prepared:
         labeled: [n] bool.
         unlabeled: whether the whole domain counts as unlabeled (its test labels are read by the test alone).
         note: how the splits were made.
+        dropped: sample ids that were dropped because a later split holds their content.
     """
 
     domain: Domain
@@ -88,10 +91,20 @@ class Prepared:
     labeled: NDArray[np.bool_]
     unlabeled: bool
     note: str
+    dropped: list[int]
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Positions of a split's rows, in the order of sample ids."""
         return np.flatnonzero(self.split == sp.SPLITS.index(split))
+
+    def known(self, split: str) -> NDArray[Any]:
+        """Targets of a split's labeled rows."""
+        rows = self.rows(split)
+        return self.targets[rows[self.labeled[rows]]]
+
+    def manifest(self) -> dict[str, list[int]]:
+        """Sample ids of each split, and those dropped."""
+        return {**{s: self.ids[self.rows(s)].tolist() for s in sp.SPLITS}, "dropped": self.dropped}
 
 
 def prepare(
@@ -116,7 +129,9 @@ def prepare(
         drafts.append(_split(draft, options, bad))
     modalities = {d.table.modality: d.name for d in drafts}
     if len(modalities) > 1:
-        raise ConfigError(f"the domains mix images ({modalities['image']!r}) and texts ({modalities['text']!r}); train on one kind")
+        raise ConfigError(
+            f"the domains mix images ({modalities['image']!r}) and texts ({modalities['text']!r}); train on one kind"
+        )
     spaces = _spaces(drafts, options)
     return tuple(_finish(d, s, options) for d, s in zip(drafts, spaces)), bad
 
@@ -140,7 +155,8 @@ def _draft(name: str, role: Role, unlabeled: bool, options: Options, bad: list[d
         wrong = _bad_labels(labels, kind, options.labels)
     dropped = _refuse(name, table, {**wrong, **problems}, len(table), options, bad, set(wrong) - set(problems))
     keep = [i for i in range(len(table)) if i not in dropped]
-    ids = sp.sample_ids([content[i] for i in keep], [str(labels[i]) if not unlabeled else "" for i in keep])
+    ties = [(table.splits[i] if table.splits else "", "" if unlabeled else str(labels[i])) for i in keep]
+    ids = sp.sample_ids([content[i] for i in keep], [str(tie) for tie in ties])
     order = np.argsort(ids)[: options.limit]
     rows = [keep[i] for i in order]
     return Draft(
@@ -185,25 +201,46 @@ def _refuse(
 def _split(draft: Draft, options: Options, bad: list[dict[str, str]]) -> Draft:
     table, name = draft.table, draft.name
     if name in options.manifest:
-        return replace(draft, split=_inherited(draft, options.manifest[name]), note="inherited")
+        return _inherited(draft, options.manifest[name])
     mode = options.split
     if mode == "auto":
         mode = "given" if table.splits is not None else "group" if table.groups is not None else "stratified"
     if mode == "given" and table.splits is None:
-        raise ConfigError(f"data.split=given, but domain {name!r} names no splits; set data.split_column, or data.split=stratified")
+        raise ConfigError(
+            f"data.split=given, but domain {name!r} names no splits; set data.split_column, or data.split=stratified"
+        )
     if mode == "group" and table.groups is None:
         raise ConfigError("data.split=group needs a column: set data.group")
-    unit = sp.units(draft.content.tolist(), table.groups)
+    note: str = "random" if draft.unlabeled and mode == "stratified" else mode
+    absent: tuple[str, ...] = ("val", "test")
+    if mode == "given":
+        draft = _disjoint(replace(draft, split=sp.given(table.splits or [], name, draft.role != "eval")), options, bad)
+        empty = tuple(s for i, s in enumerate(sp.SPLITS) if options.splits[i] > 0 and not (draft.split == i).any())
+        absent = () if "train" in empty else empty
+        note += f"; {' and '.join(absent)} carved from train" if absent else ""
+    if absent:
+        draft = replace(draft, split=_carved(draft, absent, mode, options))
+    return replace(draft, note=note)
+
+
+def _carved(draft: Draft, absent: Sequence[str], mode: str, options: Options) -> NDArray[np.int8]:
+    """Draw the absent splits from the training rows; shares are those of all rows."""
+    rows = np.flatnonzero(draft.split == 0)
+    unit = sp.units(draft.content.tolist(), draft.table.groups)[rows]
     strata = None
     if not draft.unlabeled and draft.kind != "regression" and mode != "group":
-        strata = ["|".join(lab.names_of(v, draft.kind)) for v in draft.labels]
-    if mode != "given":
-        split = sp.assign(unit.tolist(), options.splits, options.split_seed, strata)
-        return replace(draft, split=split, note="random" if draft.unlabeled and mode == "stratified" else mode)
-    assert table.splits is not None
-    split, carved = sp.carve(table.splits, unit, options.splits, options.split_seed, strata, name)
-    note = "given" + (f"; {' and '.join(carved)} carved from train" if carved else "")
-    return _disjoint(replace(draft, split=split, note=note), options, bad)
+        strata = ["|".join(lab.names_of(draft.labels[i], draft.kind)) for i in rows]
+    scale = len(draft.split) / len(rows)
+    shares = [f * scale if s in absent else 0.0 for s, f in zip(sp.SPLITS, options.splits)]
+    shares[0] = 1 - sum(shares)
+    if shares[0] <= 0:
+        raise SplitError(
+            f"domain {draft.name!r} has too few training rows ({len(rows)}) to carve {' and '.join(absent)} from; "
+            "lower their shares in data.splits, or set them to 0"
+        )
+    out = draft.split.copy()
+    out[rows] = sp.assign(unit.tolist(), shares, options.split_seed, strata)
+    return out
 
 
 def _disjoint(draft: Draft, options: Options, bad: list[dict[str, str]]) -> Draft:
@@ -221,22 +258,34 @@ def _disjoint(draft: Draft, options: Options, bad: list[dict[str, str]]) -> Draf
     problems = {i: f"content of {where[j]} ({names[j]}) in split {names[i]}" for i, j in pairs}
     dropped = _refuse(draft.name, draft.table, problems, len(where), options, bad, set())
     keep = [i for i in range(len(where)) if i not in dropped]
+    return _kept(draft, keep)
+
+
+def _kept(draft: Draft, keep: Sequence[int]) -> Draft:
+    gone = np.setdiff1d(draft.ids, draft.ids[list(keep)])
     return replace(
         draft, table=draft.table.keep(keep), ids=draft.ids[keep], content=draft.content[keep],
-        labels=[draft.labels[i] for i in keep], split=draft.split[keep],
+        labels=[draft.labels[i] for i in keep], split=draft.split[keep], dropped=[*draft.dropped, *gone.tolist()],
     )  # fmt: skip
 
 
-def _inherited(draft: Draft, manifest: Mapping[str, Sequence[int]]) -> NDArray[np.int8]:
-    place = {int(i): sp.SPLITS.index(s) for s, ids in manifest.items() for i in ids}
-    here = {int(i) for i in draft.ids}
+def _inherited(draft: Draft, manifest: Mapping[str, Sequence[int]]) -> Draft:
+    """Splits of an earlier leg; rows it dropped are dropped again.
+
+    Raises:
+        SplitError: the rows are not those the splits were made of.
+    """
+    dropped = set(manifest.get("dropped", ()))
+    draft = _kept(draft, [i for i, sample in enumerate(draft.ids.tolist()) if sample not in dropped])
+    place = {int(i): sp.SPLITS.index(s) for s in sp.SPLITS for i in manifest.get(s, ())}
+    here = set(draft.ids.tolist())
     new, gone = len(here - place.keys()), len(place.keys() - here)
     if new or gone:
         raise SplitError(
             f"domain {draft.name!r} is not what the inherited splits were made of: {new} new rows, {gone} missing; "
             "restore the data (and data.limit), or start without the earlier run"
         )
-    return np.array([place[int(i)] for i in draft.ids], np.int8)
+    return replace(draft, split=np.array([place[i] for i in draft.ids.tolist()], np.int8), note="inherited")
 
 
 def _spaces(drafts: Sequence[Draft], options: Options) -> list[Domain]:
@@ -245,7 +294,7 @@ def _spaces(drafts: Sequence[Draft], options: Options) -> list[Domain]:
     trained = [d for d in drafts if not d.unlabeled and d.role != "eval"]
     for d in trained:
         out[d.name] = Domain(d.name, d.role, d.kind, options.labels or lab.label_names(d.labels, d.kind))
-    known = list(dict.fromkeys(d.space for d in out.values()))
+    known: list[Space] = list(dict.fromkeys((d.kind, d.labels) for d in out.values()))
     for d in drafts:
         if d.name not in out:
             kind, names = _adopted(d, known, options)
@@ -260,7 +309,7 @@ def _readable(draft: Draft) -> list[lab.Label]:
     return [lab.normalize(v) if s == 2 else None for v, s in zip(draft.labels, draft.split)]
 
 
-def _adopted(draft: Draft, known: Sequence[tuple[Kind, tuple[str, ...]]], options: Options) -> tuple[Kind, tuple[str, ...]]:
+def _adopted(draft: Draft, known: Sequence[Space], options: Options) -> Space:
     labels = _readable(draft)
     if not known:
         kind = lab.infer_kind(labels) if options.kind == "auto" else options.kind
@@ -273,7 +322,9 @@ def _adopted(draft: Draft, known: Sequence[tuple[Kind, tuple[str, ...]]], option
         if wrong is None:
             return kind, names
         problem = problem or f"{draft.table.where[wrong[0]]}: {wrong[1]}"
-    raise LabelError(f"{problem}; domain {draft.name!r} is not trained on with labels, so it needs a trained label space")
+    raise LabelError(
+        f"{problem}; domain {draft.name!r} is not trained on with labels, so it needs a trained label space"
+    )
 
 
 def _finish(draft: Draft, domain: Domain, options: Options) -> Prepared:
@@ -285,7 +336,7 @@ def _finish(draft: Draft, domain: Domain, options: Options) -> Prepared:
     targets = lab.encode(kept, domain.kind, domain.labels, draft.table.where)
     done = Prepared(
         domain, draft.table.modality, draft.table.inputs, draft.table.where, draft.ids, draft.split, targets, labeled,
-        draft.unlabeled, draft.note,
+        draft.unlabeled, draft.note, draft.dropped,
     )  # fmt: skip
     _check_splits(done, options, few)
     return done
@@ -310,7 +361,7 @@ def _budget(draft: Draft, domain: Domain, options: Options) -> NDArray[np.bool_]
             picked = sp.pick_shots(mine, ids, k, options.split_seed, f"the {sp.SPLITS[part]} split of {draft.name!r}")
         else:
             assert options.fraction is not None
-            picked = sp.pick_fraction(mine, ids, options.fraction, options.split_seed)
+            picked = sp.pick_fraction(mine, ids, options.fraction * shares[0], options.split_seed)
         out[rows[picked]] = True
     return out
 
@@ -320,7 +371,7 @@ def _check_splits(done: Prepared, options: Options, few: bool) -> None:
     for part, split in enumerate(sp.SPLITS):
         rows = done.rows(split)
         if not len(rows):
-            if options.splits[part] > 0 and not (split == "train" and done.domain.role == "eval"):
+            if options.splits[part] > 0 and not (split != "test" and done.domain.role == "eval"):
                 raise SplitError(
                     f"the {split} split of domain {name!r} is empty ({len(done.ids)} rows in all); add rows, or change "
                     f"data.splits={list(options.splits)}"

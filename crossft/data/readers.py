@@ -127,7 +127,9 @@ class TableFile(Reader):
         found = [root / f"{name}{s}" for s in self._suffixes() if (root / f"{name}{s}").is_file()]
         if len(found) != 1:
             what = ", ".join(p.name for p in found) or "none"
-            raise DataError(f"domain {name!r} needs one file {name}{{{','.join(self._suffixes())}}} in {root}; found {what}")
+            raise DataError(
+                f"domain {name!r} needs one file {name}{{{','.join(self._suffixes())}}} in {root}; found {what}"
+            )
         return found[0]
 
     def read(self, root: Path, name: str, columns: Columns) -> Table:

@@ -128,7 +128,9 @@ class Order:
 
     def step(self, step: int) -> list[tuple[Ints, Ints]]:
         """Rows and draw numbers of each pool in global optimizer step ``step`` (counted over the whole fit)."""
-        return [self._leading(p, step) if i == self.leader else self._endless(p, step) for i, p in enumerate(self.pools)]
+        return [
+            self._leading(p, step) if i == self.leader else self._endless(p, step) for i, p in enumerate(self.pools)
+        ]
 
     def micro(self, step: int, micro: int, rank: int) -> list[Key]:
         """The rows of one micro-batch of one process; one padding row where it would have none."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from crossft.errors import ConfigError, SplitError
 
-__all__ = ["SPLITS", "assign", "carve", "content_overlap", "pick_fraction", "pick_shots", "sample_ids", "units"]
+__all__ = ["SPLITS", "assign", "content_overlap", "given", "pick_fraction", "pick_shots", "sample_ids", "units"]
 
 SPLITS = ("train", "val", "test")
 MASK = (1 << 63) - 1
@@ -93,43 +93,29 @@ def assign(
     return out
 
 
-def carve(
-    given: Sequence[str | None],
-    unit: NDArray[np.int64],
-    fractions: Sequence[float],
-    seed: int,
-    strata: Sequence[str] | None,
-    name: str,
-) -> tuple[NDArray[np.int8], tuple[str, ...]]:
-    """Given splits as indices [n], and the names of the splits that had to be carved from train.
-
-    A validation or test split that no row names is drawn from the training rows, as its share of all rows asked for.
+def given(splits: Sequence[str | None], name: str, train: bool = True) -> NDArray[np.int8]:
+    """Given splits of domain ``name`` as indices [n].
 
     Raises:
-        SplitError: a row names no split, or none is train.
+        SplitError: a row names no split, or none is train while ``train`` is needed.
     """
-    missing = [i for i, s in enumerate(given) if s is None]
+    missing = sum(s is None for s in splits)
     if missing:
-        raise SplitError(f"domain {name!r}: {len(missing)} rows name no split; fill them in, or set data.split")
-    out = np.array([SPLITS.index(str(s)) for s in given], np.int8)
+        raise SplitError(f"domain {name!r}: {missing} rows name no split; fill them in, or set data.split=stratified")
+    out = np.array([SPLITS.index(str(s)) for s in splits], np.int8)
     if not (out == 0).any():
-        raise SplitError(f"domain {name!r}: no row of its given splits is train; rename one, or set data.split")
-    absent = tuple(s for i, s in enumerate(SPLITS) if fractions[i] > 0 and not (out == i).any())
-    if absent:
-        shares = [f if s in ("train", *absent) else 0.0 for s, f in zip(SPLITS, fractions)]
-        shares[0] = 1 - sum(shares[1:])
-        train = np.flatnonzero(out == 0)
-        some = None if strata is None else [strata[i] for i in train]
-        out[train] = assign(unit[train].tolist(), shares, seed, some)
-    return out, absent
+        raise SplitError(
+            f"domain {name!r}: no row of its given splits is train; rename one, or set data.split=stratified"
+        )
+    return out
 
 
-def content_overlap(unit: NDArray[np.int64], split: NDArray[np.int8]) -> list[tuple[int, int]]:
-    """(row to drop, row it repeats) for every row whose unit is also in a later split (train < val < test)."""
+def content_overlap(content: NDArray[np.int64], split: NDArray[np.int8]) -> list[tuple[int, int]]:
+    """(row to drop, row it repeats) for every row whose content is also in a later split (train < val < test)."""
     last: dict[int, int] = {}
     for i in np.argsort(split, kind="stable"):
-        last[int(unit[i])] = int(i)
-    return [(i, last[int(u)]) for i, u in enumerate(unit) if split[last[int(u)]] != split[i]]
+        last[int(content[i])] = int(i)
+    return [(i, last[int(u)]) for i, u in enumerate(content) if split[last[int(u)]] != split[i]]
 
 
 def pick_shots(names: Sequence[tuple[str, ...]], ids: NDArray[np.int64], k: int, seed: int, what: str) -> list[int]:

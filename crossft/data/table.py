@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Columns", "Modality", "Table"]
+import numpy as np
+
+__all__ = ["Columns", "Concat", "Modality", "Subsequence", "Table"]
 
 Modality = Literal["image", "text"]
 
@@ -82,3 +84,20 @@ class Subsequence(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.items[self.rows[index]]
+
+
+class Concat(Sequence[Any]):
+    """Several sequences, one after the other, still lazy."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(p) for p in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]

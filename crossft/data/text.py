@@ -74,7 +74,10 @@ def tokenize(texts: Sequence[Any], spec: TextSpec, max_length: int | None = None
 def pad(rows: Sequence[dict[str, NDArray[np.int32]]], tokens: Tokens) -> dict[str, Tensor]:
     """Stack token rows to [b, longest], int64, with an ``attention_mask``."""
     longest = max(len(r["input_ids"]) for r in rows)
-    out = {k: torch.full((len(rows), longest), tokens.pad_type if k == "token_type_ids" else tokens.pad_id) for k in rows[0]}
+    out = {
+        k: torch.full((len(rows), longest), tokens.pad_type if k == "token_type_ids" else tokens.pad_id)
+        for k in rows[0]
+    }
     out["attention_mask"] = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
         n = len(row["input_ids"])
