@@ -20,7 +20,7 @@ from crossft.data.sampler import EVALUATION, Key
 from crossft.data.splits import digest
 from crossft.data.text import Tokens
 
-__all__ = ["ImageCache", "Item", "Rows", "seeded"]
+__all__ = ["ImageCache", "InOrder", "Item", "Rows", "seeded"]
 
 
 @dataclass
@@ -119,3 +119,16 @@ class Rows(Dataset[Item]):
             return self.evaluate(image)
         with seeded(digest(self.seed, "augment", key.draw, self.sample_ids[key.row], view)):
             return self.train(image)
+
+
+class InOrder(Dataset[Item]):
+    """All rows by position, as in evaluation; for loaders that count rows themselves."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.rows[Key(index, 0, 0, EVALUATION)]

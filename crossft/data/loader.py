@@ -1,15 +1,21 @@
-"""The training loader."""
+"""Loaders of one process."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from crossft.data.dataset import Item
+from crossft.data.collate import Collate
+from crossft.data.dataset import Item, Rows
+from crossft.data.sampler import EvalSampler
+from crossft.errors import ConfigError
 
-__all__ = ["TrainLoader", "make_loader"]
+__all__ = ["TrainLoader", "eval_loaders", "make_loader", "place"]
 
 
 class TrainLoader(DataLoader[Item]):
@@ -36,3 +42,28 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def eval_loaders(
+    dataset: Rows, parts: Sequence[tuple[int, NDArray[np.int64]]], batch_size: int, workers: int, rank: int, world: int
+) -> list[DataLoader[Item]]:
+    """One loader for each (domain id, dataset rows) that has rows."""
+    collate = Collate(dataset.tokens)
+    samplers = [EvalSampler(rows, number, batch_size, rank, world) for number, rows in parts if len(rows)]
+    return [make_loader(DataLoader, dataset, sampler, collate, workers) for sampler in samplers]
+
+
+def place(trainer: Any) -> tuple[int, int]:
+    """Rank and world size of this process; 0 and 1 without a trainer.
+
+    Raises:
+        ConfigError: Lightning would divide the rows a second time.
+    """
+    if trainer is None:
+        return 0, 1
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ConfigError(
+            "trainer.use_distributed_sampler=true would replace the order of the data; set it to false (the data is "
+            "divided over the processes already)"
+        )
+    return trainer.global_rank, trainer.world_size

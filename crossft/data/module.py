@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
+from crossft.data.binding import make_rows
 from crossft.data.checks import Verify
 from crossft.data.collate import Collate
-from crossft.data.dataset import ImageCache, Item, Rows
-from crossft.data.images import Augment, eval_transform, train_transform
-from crossft.data.loader import TrainLoader, make_loader
+from crossft.data.dataset import InOrder, Item, Rows
+from crossft.data.images import Augment
+from crossft.data.inputs import read_inputs
+from crossft.data.loader import TrainLoader, eval_loaders, make_loader, place
 from crossft.data.mix import Balance, pools
 from crossft.data.prepare import Options, Prepared, Splitting, prepare
 from crossft.data.readers import Auto, Reader
-from crossft.data.sampler import EvalSampler, Order, Pool, StepSampler
-from crossft.data.settings import check_settings, names_of_role
+from crossft.data.sampler import Order, Pool, StepSampler
+from crossft.data.settings import check_settings, names_of_role, requested
 from crossft.data.summary import class_counts, describe, fingerprint
-from crossft.data.table import Columns, Concat
-from crossft.data.text import tokenize
-from crossft.errors import ConfigError, DataError
-from crossft.types import Batch, Domain, ImageSpec, Kind, Role, TextSpec
+from crossft.data.table import Columns
+from crossft.errors import ConfigError
+from crossft.types import Domain, ImageSpec, Kind, Role, TextSpec
 
 __all__ = ["DomainData"]
 
@@ -89,6 +88,7 @@ class DomainData(pl.LightningDataModule):
         max_length: most tokens of a text. Default: the backbone's.
         length_window: optimizer steps whose texts are sorted by length together; 0 keeps the plain order.
         cache_images: keep decoded images in memory, up to 1 GiB a process.
+        inputs: files or folders to predict: images, or tables with the same columns. No other command reads it.
         num_workers: processes that load data; batches do not depend on it.
 
     Attributes:
@@ -133,7 +133,7 @@ class DomainData(pl.LightningDataModule):
         max_bad: float = 0.01,
         reader: Reader | None = None,
         kind: Kind | Literal["auto"] = "auto",
-        labels: list[str] | None = None,
+        labels: list[str | int] | None = None,
         text_column: str | None = None,
         pair_column: str | None = None,
         label_column: str | None = None,
@@ -145,6 +145,7 @@ class DomainData(pl.LightningDataModule):
         max_length: int | None = None,
         length_window: int = 32,
         cache_images: bool = True,
+        inputs: str | list[str] | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -167,6 +168,9 @@ class DomainData(pl.LightningDataModule):
         self._included: dict[Role, bool] = {}
         self._manifest: dict[str, Any] = {}
         self._dataset: Rows | None = None
+        self._spec: ImageSpec | TextSpec | None = None
+        self._predicted: Prepared | None = None
+        self.inputs = inputs
         self._next_step = 0
         self._train_sampler: StepSampler | None = None
         check_settings(self)
@@ -182,18 +186,8 @@ class DomainData(pl.LightningDataModule):
         if self._prepared:
             return
         reader = self.reader or Auto()
-        if not self.root.is_dir() and (self.reader is None or not self.root.exists()):
-            raise DataError(f"data.root={self.root} is not a folder")
-        found = reader.domains(self.root)
-        requests: list[tuple[str, Role, bool]] = []
-        for role, names in self.roles.items():
-            unlabeled = {"source": self.source_labels, "target": self.target_labels}.get(role) == "none"
-            requests += [(name, role, unlabeled) for name in names]
-        for name, role, _ in requests:
-            if name not in found:
-                raise ConfigError(
-                    f"data.{role}: no domain {name!r} under {self.root}; found: {', '.join(found) or 'none'}"
-                )
+        unlabeled = {"source": self.source_labels == "none", "target": self.target_labels == "none"}
+        requests = requested(reader, self.root, self.roles, unlabeled)
         self._prepared, bad = prepare(requests, self._options(reader))
         self.quarantined += bad
 
@@ -204,9 +198,6 @@ class DomainData(pl.LightningDataModule):
             self.fraction, self.validation_from_labels, self.verify, self.on_error, self.max_bad, self.limit,
             self._manifest,
         )  # fmt: skip
-
-    def prepare_data(self) -> None:
-        """Lightning's hook; every process reads by itself in `setup`."""
 
     @property
     def domains(self) -> tuple[Domain, ...]:
@@ -280,7 +271,7 @@ class DomainData(pl.LightningDataModule):
         """
         roles = {*self.train_on, *self._included}
         extra = {r for r, wanted in self._included.items() if wanted}
-        tokens = self._dataset.tokens if self._dataset is not None else None
+        tokens = None if self._spec is None else self.dataset.tokens
         lengths = tokens.lengths if tokens is not None and self.length_window else None
         return pools(self.prepared, self._starts(), roles, extra, self.mix, self.sampler, self.batch_size, lengths)
 
@@ -318,70 +309,42 @@ class DomainData(pl.LightningDataModule):
     # Loading: needs the backbone's preprocessing
 
     def setup(self, stage: str) -> None:
-        """Lightning's hook: `prepare`, then `bind` to the preprocessing of the trainer's backbone."""
-        self.prepare()
-        if self._dataset is None:
+        """Lightning's hook: `bind` to the preprocessing of the trainer's backbone, and make the dataset once."""
+        if self._spec is None:
             assert self.trainer is not None
             model: Any = self.trainer.lightning_module
             self.bind(model.backbone.input_spec)
+        if stage != "predict":
+            self.dataset  # noqa: B018
 
     def bind(self, spec: ImageSpec | TextSpec) -> None:
-        """Make transforms, or tokenize every text once, for a backbone's preprocessing.
-
-        Raises:
-            ConfigError: the backbone takes images and the data is text, or the other way round.
-        """
-        parts = self.prepared
-        found, needed = parts[0].modality, "image" if isinstance(spec, ImageSpec) else "text"
-        if found != needed:
-            raise ConfigError(
-                f"the backbone takes {needed} input, and domain {parts[0].domain.name!r} holds {found} rows"
-            )
-        inputs: Sequence[Any] = Concat([p.inputs for p in parts])
-        tokens, train, evaluate, cache = None, None, None, None
-        if isinstance(spec, TextSpec):
-            tokens = tokenize(list(inputs), spec, self.max_length)
-            inputs = ()
-        else:
-            if self.image_size is not None:
-                spec = replace(spec, size=(self.image_size, self.image_size))
-            train, evaluate = train_transform(spec, self.augment), eval_transform(spec)
-            cache = ImageCache(CACHE_BYTES // max(1, self.num_workers)) if self.cache_images else None
-        self._dataset = Rows(
-            inputs,
-            [t for p in parts for t in p.targets],
-            np.concatenate([p.labeled for p in parts]),
-            np.concatenate([p.ids for p in parts]),
-            self.seed, train, evaluate, tokens, cache,
-        )  # fmt: skip
+        """Say what the backbone takes; `setup` does so where there is a trainer."""
+        self._spec, self._dataset = spec, None
 
     @property
     def dataset(self) -> Rows:
-        """All rows, keyed by the samplers.
+        """All rows, keyed by the samplers; texts are tokenized when it is first asked for.
 
         Raises:
-            ConfigError: neither `setup` nor `bind` was called.
+            ConfigError: neither `setup` nor `bind` was called, or the backbone takes another kind of input.
         """
         if self._dataset is None:
-            raise ConfigError(
-                "the data does not know the backbone's preprocessing yet; call bind(backbone.input_spec) first"
-            )
+            self._dataset = self._rows(self.prepared)
         return self._dataset
 
-    def _place(self) -> tuple[int, int]:
-        """Rank and world size."""
-        if self.trainer is None:
-            return 0, 1
-        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+    def _rows(self, parts: Sequence[Prepared]) -> Rows:
+        if self._spec is None:
             raise ConfigError(
-                "trainer.use_distributed_sampler=true would replace the order of the data; set it to false "
-                "(the data is divided over the processes already)"
+                "the data does not know the backbone's preprocessing; call bind(backbone.input_spec) first"
             )
-        return self.trainer.global_rank, self.trainer.world_size
+        return make_rows(
+            parts, self._spec, seed=self.seed, augment=self.augment, image_size=self.image_size,
+            max_length=self.max_length, cache_bytes=CACHE_BYTES // max(1, self.num_workers) if self.cache_images else 0,
+        )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Micro-batches of this process, from the trainer's step to the end of its epoch."""
-        rank, _ = self._place()
+        rank, _ = place(self.trainer)
         trainer = self.trainer
         clock = None if trainer is None else (lambda: int(trainer.global_step))
         self._train_sampler = StepSampler(self.order(), rank, clock)
@@ -399,22 +362,31 @@ class DomainData(pl.LightningDataModule):
         return self._eval_loaders("test")
 
     def _eval_loaders(self, split: str) -> list[DataLoader[Item]]:
-        rank, world = self._place()
-        out = []
-        for number, (p, start) in enumerate(zip(self.prepared, self._starts())):
-            rows = p.rows(split)
-            if len(rows):
-                sampler = EvalSampler(start + rows, number, self.eval_batch_size, rank, world)
-                out.append(
-                    make_loader(DataLoader, self.dataset, sampler, Collate(self.dataset.tokens), self.num_workers)
-                )
-        return out
+        parts = zip(self.prepared, self._starts())
+        rows = [(number, start + p.rows(split)) for number, (p, start) in enumerate(parts)]
+        return eval_loaders(self.dataset, rows, self.eval_batch_size, self.num_workers, *place(self.trainer))
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch by its own ``to``."""
-        return batch.to(device, non_blocking=True) if isinstance(batch, Batch) else super().transfer_batch_to_device(
-            batch, device, dataloader_idx
-        )  # fmt: skip
+    def predict_dataloader(self) -> DataLoader[Item]:
+        """One loader over ``inputs``, in their order.
+
+        Raises:
+            ConfigError: ``inputs`` is not set.
+        """
+        rows = self._rows([self.predicted])
+        return DataLoader(InOrder(rows), self.eval_batch_size, collate_fn=Collate(rows.tokens))
+
+    @property
+    def predicted(self) -> Prepared:
+        """The rows of ``inputs``; ``predicted.where`` names them in order.
+
+        Raises:
+            ConfigError: ``inputs`` is not set.
+        """
+        if self.inputs is None:
+            raise ConfigError("nothing to predict: set data.inputs to image files, folders of images, or tables")
+        if self._predicted is None:
+            self._predicted = read_inputs([self.inputs] if isinstance(self.inputs, str) else self.inputs, self.columns)
+        return self._predicted
 
     # Position
 

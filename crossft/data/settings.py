@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crossft.errors import ConfigError
+from crossft.data.readers import Reader
+from crossft.errors import ConfigError, DataError
 from crossft.types import Role
 
 if TYPE_CHECKING:
     from crossft.data.module import DomainData
 
-__all__ = ["check_settings", "names_of_role"]
+__all__ = ["check_settings", "names_of_role", "requested"]
 
 
 def names_of_role(
@@ -40,6 +43,25 @@ def names_of_role(
             )
         seen[name] = role
     return roles
+
+
+def requested(
+    reader: Reader, root: Path, roles: Mapping[Role, list[str]], unlabeled: Mapping[str, bool]
+) -> list[tuple[str, Role, bool]]:
+    """(name, role, unlabeled) of each domain, in the order of domain ids.
+
+    Raises:
+        DataError: the root is no folder.
+        ConfigError: a domain that the reader does not find.
+    """
+    if not root.is_dir():
+        raise DataError(f"data.root={root} is not a folder; it must hold one folder or file a domain")
+    found = reader.domains(root)
+    out = [(name, role, unlabeled.get(role, False)) for role, names in roles.items() for name in names]
+    for name, role, _ in out:
+        if name not in found:
+            raise ConfigError(f"data.{role}: no domain {name!r} under {root}; found: {', '.join(found) or 'none'}")
+    return out
 
 
 def check_settings(data: DomainData) -> None:
