@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from crossft.errors import LabelError
 from crossft.types import Kind
 
-__all__ = ["Label", "blank", "encode", "infer_kind", "label_names", "names_of", "normalize"]
+__all__ = ["Label", "blank", "encode", "infer_kind", "label_names", "names_of", "normalize", "outside"]
 
 Label = str | float | tuple[str, ...] | None
 """A label after normalization: a name, a number, several names, or none."""

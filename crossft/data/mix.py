@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crossft.data.prepare import Prepared
+from crossft.data.prepare import Prepared, first_rows
 from crossft.data.sampler import Pool, quotas
 from crossft.errors import ConfigError
 from crossft.types import Role
@@ -20,7 +20,6 @@ Balance = Literal["none", "class", "domain"]
 
 def pools(
     prepared: Sequence[Prepared],
-    starts: Sequence[int],
     labeled_roles: Collection[Role],
     unlabeled_roles: Collection[Role],
     mix: Mapping[str, float] | None,
@@ -32,7 +31,6 @@ def pools(
 
     Args:
         prepared: all domains.
-        starts: dataset row of each domain's first row.
         labeled_roles: roles whose rows train: the labeled ones, or all where a domain has none that are labeled.
         unlabeled_roles: roles whose unlabeled rows train as well.
         mix: share of each role or domain; None for equal roles, and domains of one role by size.
@@ -57,6 +55,7 @@ def pools(
     _check(parts)
     shares = _shares(parts, mix, balance)
     rows_each = quotas(shares, batch_size)
+    starts = first_rows(prepared)
     for (p, _, labeled, _), quota, share in zip(parts, rows_each, shares):
         if quota == 0:
             raise ConfigError(

@@ -18,7 +18,7 @@ from crossft.data.table import Columns, Table
 from crossft.errors import ConfigError, DataError, LabelError, SplitError
 from crossft.types import Domain, Kind, Role
 
-__all__ = ["Draft", "Options", "Prepared", "prepare"]
+__all__ = ["Draft", "Options", "Prepared", "first_rows", "prepare"]
 
 Splitting = Literal["auto", "given", "stratified", "group"]
 Space = tuple[Kind, tuple[str, ...]]
@@ -105,6 +105,11 @@ class Prepared:
     def manifest(self) -> dict[str, list[int]]:
         """Sample ids of each split, and those dropped."""
         return {**{s: self.ids[self.rows(s)].tolist() for s in sp.SPLITS}, "dropped": self.dropped}
+
+
+def first_rows(prepared: Sequence[Prepared]) -> list[int]:
+    """Dataset row of each domain's first row, where the domains stand one after the other."""
+    return np.cumsum([0, *(len(p.ids) for p in prepared[:-1])]).tolist()
 
 
 def prepare(

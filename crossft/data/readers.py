@@ -12,7 +12,7 @@ import pandas as pd
 from crossft.data.table import Columns, Table
 from crossft.errors import ConfigError, DataError
 
-__all__ = ["Auto", "ImageFolder", "Reader", "TableFile"]
+__all__ = ["Auto", "ImageFolder", "Reader", "TableFile", "table_of"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")

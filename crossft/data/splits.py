@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from crossft.errors import ConfigError, SplitError
 
-__all__ = ["SPLITS", "assign", "content_overlap", "given", "pick_fraction", "pick_shots", "sample_ids", "units"]
+__all__ = [
+    "SPLITS",
+    "assign",
+    "content_overlap",
+    "digest",
+    "given",
+    "pick_fraction",
+    "pick_shots",
+    "sample_ids",
+    "units",
+]
 
 SPLITS = ("train", "val", "test")
 MASK = (1 << 63) - 1
