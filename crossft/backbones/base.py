@@ -118,7 +118,8 @@ class Backbone(nn.Module, ABC):
         Raises:
             StageError: the stage is unknown.
         """
-        return self._reason(self._index(stage))
+        index = self._index(stage)
+        return self._reason(index) if index > 0 else None
 
     @abstractmethod
     def export(self, folder: Path) -> Path:

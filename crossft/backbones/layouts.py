@@ -180,8 +180,22 @@ def grouped_plans(model: nn.Module, prefix: str) -> tuple[StagePlan, ...]:
         members = {name for name in names if group[name] == number}
         paths, extra = _cover(model, members)
         label = (paths or [min(extra)])[0]
-        plans.append(StagePlan(label, tuple(prefix + p for p in paths), tuple(prefix + e for e in sorted(extra))))
-    return tuple(plans)
+        plans.append((label, paths, sorted(extra)))
+    for path in _dropouts(model, [path for _, paths, _ in plans for path in paths]):
+        plans[-1 if "head" in path else 0][1].append(path)
+    return tuple(
+        StagePlan(label, tuple(prefix + p for p in paths), tuple(prefix + e for e in extra))
+        for label, paths, extra in plans
+    )
+
+
+def _dropouts(model: nn.Module, taken: list[str]) -> list[str]:
+    """Paths of dropout layers outside ``taken``: they follow the embeddings, or belong to the head."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and not any(path == t or path.startswith(t + ".") for t in taken)
+    ]
 
 
 def _cover(model: nn.Module, members: set[str]) -> tuple[list[str], set[str]]:

@@ -111,7 +111,7 @@ class Timm(Backbone):
         self, start: int, value: Tensor | None, inputs: Mapping[str, Tensor], capture: Collection[str]
     ) -> Encoded:
         captured: dict[str, Tensor] = {}
-        x = inputs["pixel_values"] if start == 0 or value is None else value
+        x: Any = inputs["pixel_values"] if start == 0 or value is None else value
         if self._whole:
             x = self._checkpointed(self.model.forward_features, [self.model], x)
         for plan in self._plans[start:]:
@@ -120,6 +120,10 @@ class Timm(Backbone):
                 x = self._checkpointed(partial(self._run, plan), modules, x)
             if plan.name in capture:
                 captured[plan.name] = x
+        if not isinstance(x, Tensor):  # several scales (CrossViT, CoaT), which only the model's own head can merge
+            if captured or self.pooling is not None:
+                raise BackboneError(f"{self.name} returns several scales: leave pooling out, capture no stage")
+            return Encoded(self.model.forward_head(x, pre_logits=True))
         tokens = self._tokens(x)
         return Encoded(self._pool(x, tokens), tokens, None, captured)
 

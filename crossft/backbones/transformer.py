@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crossft.backbones.base import Backbone, check_partition
 from crossft.backbones.views import LayerMap, find_layers, text_plans, view
@@ -40,7 +42,8 @@ class Transformer(Backbone):
             anything else is the path of a state dict (``.safetensors``, or ``.bin`` read with ``weights_only``).
         pooling: ``mean`` or ``max`` over real tokens, or ``cls``, the first real one.
         max_length: most tokens of one input, special tokens included.
-        checkpoint_grads: recompute each layer in the backward pass instead of storing it: less memory, more time.
+        checkpoint_grads: recompute each layer in the backward pass instead of storing it (the whole model where it
+            cannot run in parts): less memory, more time.
 
     Raises:
         BackboneError: the model, its tokenizer or its weights cannot be loaded, weights are missing in them, or
@@ -66,8 +69,7 @@ class Transformer(Backbone):
         config: Any = self.model.config
         self.num_features = int(config.hidden_size)
         self.input_spec = TextSpec(_tokenizer(name, source), _checked_length(self.model, max_length))
-        if checkpoint_grads:
-            _checkpoint_grads(name, self.model)
+        self.checkpoint_grads = checkpoint_grads
         self._accepts = frozenset(inspect.signature(self.model.forward).parameters)
         self._layers: LayerMap | None = find_layers(self.model)
         self._plans = text_plans(self.model, self._layers, "model.")
@@ -89,9 +91,12 @@ class Transformer(Backbone):
         kept["input_ids" if start == 0 else "inputs_embeds"] = given
         taps = [names.index(name) for name in capture if name != names[-1]]
         model, seen = self.model, dict[int, Tensor]()
-        if (start > 0 or taps) and self._layers is not None:
-            model = view(self.model, self._layers, start, value, taps, seen)
-        tokens: Tensor = model(**kept, return_dict=True).last_hidden_state
+        recompute = self.checkpoint_grads and torch.is_grad_enabled()
+        if (start > 0 or taps or recompute) and self._layers is not None:
+            model = view(self.model, self._layers, start, value, taps, seen, recompute)
+            recompute = False
+        run = partial(_last_hidden_state, model, kept)
+        tokens: Tensor = checkpoint(run, use_reentrant=False) if recompute else run()
         captured = {names[k]: v for k, v in seen.items()}
         if names[-1] in capture:
             captured[names[-1]] = tokens
@@ -130,6 +135,11 @@ class Transformer(Backbone):
         assert isinstance(self.input_spec, TextSpec)
         self.input_spec.tokenizer.save_pretrained(str(folder))
         return Path(folder)
+
+
+def _last_hidden_state(model: Any, kept: dict[str, Tensor]) -> Tensor:
+    hidden: Tensor = model(**kept, return_dict=True).last_hidden_state
+    return hidden
 
 
 def _pool(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -201,12 +211,15 @@ def _quiet() -> Iterator[None]:
     """Errors only: the loading report names the dropped pooler; what would be wrong in it is raised here."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _without_pooler(build: Any, *args: Any, **options: Any) -> Any:
@@ -245,10 +258,3 @@ def _checked_length(model: Any, max_length: int) -> int:
         if max_length > most:
             raise BackboneError(f"max_length={max_length} is more than the model's {most} positions")
     return max_length
-
-
-def _checkpoint_grads(name: str, model: Any) -> None:
-    try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
-        raise BackboneError(f"checkpoint_grads=True: {name} does not support it: {error}") from error

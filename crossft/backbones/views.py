@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crossft.backbones.base import StagePlan
 
 __all__ = ["LayerMap", "find_layers", "text_plans", "view"]
 
 _TAILS = ("final_norm", "final_layer_norm", "emb_norm_after", "ln_f", "norm", "pooler")
+_EMBEDDINGS = ("embeddings", "shared", "embed_tokens", "word_embedding")
 _BEFORE = ("embeddings_project",)  # ELECTRA: between embeddings and layers
 
 
@@ -69,12 +71,12 @@ def text_plans(model: nn.Module, found: LayerMap | None, prefix: str) -> tuple[S
     a list of layers (ALBERT shares one) all that is not embedding is one stage, ``encoder``.
     """
     if found is None:
-        children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-        first = [name for name in children if name in ("embeddings", "shared", "embed_tokens", "word_embedding")]
-        rest = [name for name in children if name not in first]
-        direct = tuple(prefix + name for name, _ in model.named_parameters(recurse=False))
-        parts = [("embeddings", first, direct), ("encoder", rest, ())]
-        return tuple(StagePlan(name, tuple(prefix + p for p in paths), extra) for name, paths, extra in parts if paths)
+        first = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in _EMBEDDINGS]
+        first = [path for path in first if not any(path.startswith(other + ".") for other in first)]
+        rest, extra = _outside(model, first)
+        parts: list[tuple[str, list[str], list[str]]] = [("embeddings", first, [])] if first else []
+        parts.append(("encoder", rest, extra))
+        return tuple(StagePlan(n, tuple(prefix + p for p in ps), tuple(prefix + e for e in es)) for n, ps, es in parts)
     layers = [f"{found.layers}.{i}" for i in range(found.count)]
     taken = [*layers, *([found.tail] if found.tail else [])]
     first, extra = _outside(model, taken)
@@ -104,13 +106,22 @@ def _outside(model: nn.Module, taken: list[str]) -> tuple[list[str], list[str]]:
 
 
 def view(
-    model: Any, found: LayerMap, start: int, value: Tensor | None, taps: Sequence[int], seen: dict[int, Tensor]
+    model: Any,
+    found: LayerMap,
+    start: int,
+    value: Tensor | None,
+    taps: Sequence[int],
+    seen: dict[int, Tensor],
+    recompute: bool = False,
 ) -> Any:
     """A view that starts at stage ``start`` on ``value`` and writes the outputs of the stages ``taps`` to ``seen``.
 
-    The output of stage k is the input of stage k + 1: stage 0 is the embeddings, 1 ... count the layers.
+    The output of stage k is the input of stage k + 1: stage 0 is the embeddings, 1 ... count the layers. With
+    ``recompute`` each layer runs again in the backward pass instead of storing what it computes.
     """
     layers: list[nn.Module] = list(model.get_submodule(found.layers))
+    if recompute:
+        layers = [_Recomputed(layer) for layer in layers]
     for stage in taps:
         if stage < found.count:
             layers[stage] = _Tap(layers[stage], stage, seen)
@@ -139,14 +150,12 @@ class _Given(nn.Module):
         return self.value
 
 
-class _Tap(nn.Module):
-    """Runs a module and keeps its input; every other attribute is the module's."""
+class _Around(nn.Module):
+    """Stands around a module; every attribute that is not its own is the module's."""
 
-    def __init__(self, inner: nn.Module, stage: int, seen: dict[int, Tensor]) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.stage = stage
-        self.seen = seen
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -154,9 +163,25 @@ class _Tap(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
+
+class _Tap(_Around):
+    """Keeps the module's input."""
+
+    def __init__(self, inner: nn.Module, stage: int, seen: dict[int, Tensor]) -> None:
+        super().__init__(inner)
+        self.stage = stage
+        self.seen = seen
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.seen[self.stage] = hidden_states
         return self.inner(hidden_states, *args, **kwargs)
+
+
+class _Recomputed(_Around):
+    """Runs the module again in the backward pass (Chen et al. 2016)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.inner, *args, use_reentrant=False, **kwargs)
 
 
 def _shallow(module: Any) -> Any:
