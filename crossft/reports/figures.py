@@ -1,0 +1,200 @@
+"""Pictures: the learning curves of a run, and target gain against source retention of the arms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from crossft.errors import RunError
+from crossft.reports.records import after_key, domain_keys
+from crossft.reports.stats import Interval, interval
+from crossft.reports.tables import label
+from crossft.runs import RunFolder, higher_is_better, read_metrics, replacing
+
+__all__ = ["learning_curves", "pareto_front", "tradeoff"]
+
+# Okabe & Ito's palette, told apart with any color vision; each color has its own marker or dash beside it.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES = ("-", "--", "-.", ":")
+_ROLE_COLORS = {"source": _COLORS[0], "target": _COLORS[1], "train": _COLORS[7]}
+_INK = {False: ("#1f2328", "#ffffff", "#d0d7de"), True: ("#e6edf3", "#161b22", "#3d444d")}
+_ROWS_SMOOTHED = 60
+
+
+@contextmanager
+def _style(dark: bool) -> Iterator[None]:
+    ink, paper, line = _INK[dark]
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), ink)
+    faces = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), paper)
+    lines = dict.fromkeys(("axes.edgecolor", "grid.color"), line)
+    shape = {"axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
+    text = {"font.size": 10, "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9}
+    settings: Any = {**colors, **faces, **lines, **shape, **text, "grid.linewidth": 0.6}
+    with mpl.rc_context(settings):
+        yield
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=144, format="png", metadata={"Software": ""})
+    return path
+
+
+def learning_curves(run: Path | str, path: Path | str | None = None, *, dark: bool = False) -> Path:
+    """Draw the learning curves of a run from its ``metrics.csv``: losses, scores, loss terms, learning rates.
+
+    Args:
+        run: the run folder.
+        path: the PNG to write; ``figures/learning_curves.png`` of the run by default.
+        dark: light lines on dark.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        RunError: the run has logged nothing that can be drawn.
+    """
+    folder = RunFolder.open(run)
+    rows = pd.DataFrame(read_metrics(folder.metrics))
+    panels = _panels(rows) if len(rows) else {}
+    if not panels:
+        raise RunError(f"{folder.metrics} has no curve to draw; the run stopped before its first log")
+    path = Path(path) if path is not None else folder.figures / "learning_curves.png"
+    with _style(dark):
+        figure = Figure(figsize=(4.2 * len(panels), 4.0), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, curves) in zip(axes, panels.items()):
+            _draw(axis, title, curves)
+        return _save(figure, path)
+
+
+def _panels(rows: pd.DataFrame) -> dict[str, dict[str, pd.Series[float]]]:
+    """The curves of each panel by name, indexed by step; panels without a curve are left out."""
+    rows = rows[np.isfinite(rows["value"])]
+    curves = {str(n): some.set_index("step")["value"] for n, some in rows.groupby("name", sort=True)}
+    panels: dict[str, dict[str, pd.Series[float]]] = {}
+    keys = dict.fromkeys(n.split("/")[0] for n in curves if "/val/" in n)
+    for name, curve in curves.items():
+        last = name.split("/")[-1]
+        if last == "loss":
+            panels.setdefault("loss", {})[name.removesuffix("/loss").replace("/", " ")] = curve
+        elif name.startswith("term/") and last == "weighted":
+            panels.setdefault("loss terms, weighted", {})[name.split("/")[1]] = curve
+        elif name.startswith("lr-"):
+            panels.setdefault("learning rate", {})[name.split("/", 1)[-1]] = curve
+    for key in keys:
+        scores = [s for s in ("accuracy", "mae") if f"{key}/val/{s}" in curves]
+        for score in scores[:1]:
+            title = f"validation {label(score)}"
+            panels.setdefault(title, {})[key] = curves[f"{key}/val/{score}"]
+    order = ("loss", "validation accuracy", "validation mae ↓", "loss terms, weighted", "learning rate")
+    return {title: panels[title] for title in order if title in panels}
+
+
+def _draw(axis: Axes, title: str, curves: dict[str, pd.Series[float]]) -> None:
+    free = [c for c in _COLORS if c not in _ROLE_COLORS.values()]
+    for i, (name, curve) in enumerate(curves.items()):
+        color = _ROLE_COLORS.get(name.split(" ")[0], free[i % len(free)])
+        dash = _DASHES[i % len(_DASHES)]
+        steps = curve.index.to_numpy() + 1
+        if len(curve) > _ROWS_SMOOTHED:
+            axis.plot(steps, curve.to_numpy(), color=color, alpha=0.25, linewidth=0.8)
+            curve = curve.ewm(span=len(curve) / 20).mean()
+        marker = "o" if len(curve) <= 20 else ""
+        axis.plot(steps, curve.to_numpy(), dash, color=color, marker=marker, markersize=3.5, label=name)
+    axis.set_title(title, loc="left")
+    axis.set_xlabel("optimizer step")
+    axis.margins(x=0.02)
+    if title == "learning rate":
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2 if len(curves) < 9 else 3)
+
+
+def pareto_front(x: list[float], y: list[float]) -> list[int]:
+    """Indices of the points that no other beats in one coordinate without losing in the other, by rising x."""
+    points = list(zip(x, y))
+    front = [i for i, (a, b) in enumerate(points) if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in points)]
+    return sorted(front, key=lambda i: points[i])
+
+
+def tradeoff(runs: pd.DataFrame, path: Path | str, *, title: str = "", dark: bool = False) -> Path:
+    """Draw one point an arm: what the source retains (x) against the target after fine-tuning (y).
+
+    Both with their 95 % intervals over seeds; the line joins the arms that no other arm beats in both (Pareto). With
+    several sources or targets a run counts with their mean. Where no run knows its retention, x is the source after.
+
+    Args:
+        runs: finished runs of one experiment, source and target (``crossft.reports.records.groups``).
+        path: the PNG to write.
+        title: heading of the picture.
+        dark: light lines on dark.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        RunError: no arm has both values.
+    """
+    runs = runs[runs["status"] == "finished"]
+    xs, x_label, x_up = _axis(runs, "source", retained=True)
+    ys, y_label, y_up = _axis(runs, "target", retained=False)
+    points: dict[str, tuple[Interval, Interval]] = {}
+    for arm in dict.fromkeys(runs["arm"]):
+        both = (runs["arm"] == arm) & xs.notna() & ys.notna()
+        if both.any():
+            points[arm] = (interval(xs[both].tolist()), interval(ys[both].tolist()))
+    if not points:
+        raise RunError("no finished run has both a source and a target metric: there is nothing to draw")
+    with _style(dark):
+        figure = Figure(figsize=(7.6, max(4.6, 0.9 + 0.27 * len(points))), layout="constrained")
+        axis = figure.subplots()
+        _scatter(axis, points, (1 if x_up else -1, 1 if y_up else -1), _INK[dark][0])
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.set_title(title, loc="left")
+        return _save(figure, Path(path))
+
+
+def _axis(runs: pd.DataFrame, role: str, *, retained: bool) -> tuple[pd.Series[float], str, bool]:
+    """Values a run, the axis label, and whether more is better."""
+    keys = [key for key, found in domain_keys(runs).items() if found == role]
+    kept = [f"{key}/retention" for key in keys if f"{key}/retention" in runs and runs[f"{key}/retention"].notna().any()]
+    columns = kept if retained and kept else [after_key(runs, key) for key in keys]
+    columns = [c for c in columns if c in runs]
+    if not columns:
+        return pd.Series(float("nan"), index=runs.index), role, True
+    many = f" (mean of {len(columns)})" if len(columns) > 1 else ""
+    text = "source retention: after / before" if retained and kept else f"{label(columns[0])} after fine-tuning"
+    return (
+        runs[columns].mean(axis=1, skipna=False),
+        text + many,
+        bool(retained and kept) or higher_is_better(columns[0]),
+    )
+
+
+def _scatter(axis: Axes, points: dict[str, tuple[Interval, Interval]], signs: tuple[int, int], ink: str) -> None:
+    means = [(x.mean, y.mean) for x, y in points.values()]
+    front = pareto_front([signs[0] * x for x, _ in means], [signs[1] * y for _, y in means])
+    axis.plot(*zip(*(means[i] for i in front)), "-", color=ink, alpha=0.45, linewidth=1.2, zorder=1)
+    order = sorted(range(len(means)), key=lambda i: -signs[1] * means[i][1])
+    items = list(points.items())
+    for i in order:
+        arm, (x, y) = items[i]
+        marker, color = _MARKERS[(i + i // len(_COLORS)) % len(_MARKERS)], _COLORS[i % len(_COLORS)]
+        halves = [None if np.isnan(v.half) else v.half for v in (x, y)]
+        axis.errorbar(x.mean, y.mean, halves[1], halves[0], fmt="none", ecolor=color, elinewidth=1.1, capsize=2.5)
+        name = arm + (" *" if i in front else "")
+        axis.plot(x.mean, y.mean, marker, color=color, markersize=7, markeredgewidth=0, label=name)
+    axis.margins(0.06)
+    heading = "* no arm is better in both" + ("\n± 95 % over seeds" if any(x.n > 1 for x, _ in points.values()) else "")
+    legend = axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=heading, alignment="left")
+    legend.get_title().set_fontsize(8)

@@ -1,0 +1,230 @@
+"""Arms against metrics: mean ± half of the 95 % interval over seeds, marked where it differs from the baseline."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from crossft.errors import ConfigError
+from crossft.reports.records import groups, headline, leaves, with_baseline
+from crossft.reports.stats import Comparison, Interval, compare_paired, holm, interval, smallest_p
+from crossft.runs import higher_is_better
+
+__all__ = ["ArmTable", "Cell", "arm_table", "compare", "label"]
+
+ALPHA = 0.05
+_CSV: tuple[str, ...] = ("group", "arm", "metric", "mean", "half", "sd", "n")
+_CSV += ("difference", "difference_half", "pairs", "p", "p_holm", "d_z", "g")
+
+
+def label(metric: str) -> str:
+    """A metric's key as a heading: ``target/test/accuracy`` becomes ``target accuracy``; ↓ where lower is better."""
+    parts = [part for part in metric.split("/") if part != "test"]
+    relative = parts[-1] in ("gain", "retention")
+    return " ".join(parts).replace("_", " ") + ("" if relative or higher_is_better(metric) else " ↓")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm and metric: the mean over seeds, and the comparison with the baseline where there is one."""
+
+    value: Interval
+    comparison: Comparison | None = None
+    p_holm: float = float("nan")
+    better: bool | None = None
+    """True or False where the difference is significant after Holm, None where it is not."""
+
+
+@dataclass(frozen=True)
+class ArmTable:
+    """Arms by metrics. Marks stand only where p < 0.05 after Holm's correction over the arms of the metric's column.
+
+    Attributes:
+        title: experiment, source and target.
+        metrics: keys of the columns.
+        runs: for each arm, in order, how many runs finished, and what became of the others.
+        cells: by (arm, metric).
+        baseline: the arm that others are compared with, or None.
+        notes: what a reader must know, one sentence each.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    runs: dict[str, str]
+    cells: dict[tuple[str, str], Cell]
+    baseline: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> Iterator[list[str]]:
+        """Yield the rows as text: arm, runs, then one cell a metric."""
+        for arm, runs in self.runs.items():
+            name = f"{arm} (baseline)" if arm == self.baseline else arm
+            seeds = max((self.cells[arm, m].value.n for m in self.metrics), default=0)
+            yield [name, runs, *(_text(self.cells[arm, m], seeds) for m in self.metrics)]
+
+    def heads(self) -> list[str]:
+        """The columns' headings."""
+        return ["arm", "runs", *map(label, self.metrics)]
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        notes = Text("\n".join(self.notes))
+        table = Table(title=Text(self.title), caption=notes, caption_justify="left", box=SIMPLE_HEAD)
+        table.add_column("arm", min_width=12, overflow="fold")
+        table.add_column("runs", overflow="fold")
+        for metric in self.metrics:
+            table.add_column(Text("\n".join(label(metric).split(" ", 1))), justify="right", min_width=9)
+        for row in self.rows():
+            table.add_row(*map(Text, row))
+        return table
+
+    def markdown(self) -> str:
+        """As a Markdown table, with the notes below."""
+        heads = self.heads()
+        lines = [heads, [":--", ":--", *["--:"] * len(self.metrics)], *self.rows()]
+        body = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+        return "\n\n".join([f"**{self.title}**", body, *self.notes]) + "\n"
+
+    def latex(self) -> str:
+        """As a ``tabular`` that needs ``booktabs``; the marks are + and - superscripts."""
+        lines = [" & ".join(map(_latex, self.heads())) + r" \\ \midrule"]
+        lines += [" & ".join(map(_latex, row)).replace(" $^", "$^") + r" \\" for row in self.rows()]
+        notes = "".join(f"% {note}\n" for note in self.notes)
+        columns = "ll" + "r" * len(self.metrics)
+        body = "\n".join(lines)
+        return f"{notes}\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+
+    def csv(self) -> str:
+        """One line an arm and metric, at full precision."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_CSV)
+        for (arm, metric), cell in self.cells.items():
+            mean, sd, half, n = cell.value
+            line: list[object] = [self.title, arm, metric, mean, half, sd, n]
+            if cell.comparison is not None:
+                c = cell.comparison
+                line += [c.difference.mean, c.difference.half, c.difference.n, c.p, cell.p_holm, c.d_z, c.g]
+            padded = line + [""] * (len(_CSV) - len(line))
+            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in padded])
+        return text.getvalue()
+
+
+def _text(cell: Cell, seeds: int) -> str:
+    mean, _, half, n = cell.value
+    if not n:
+        return "—"
+    digits = 3 if abs(mean) < 10 else 1
+    text = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if n > 1 else "")
+    text += f" (n={n})" if n != seeds else ""
+    return text if cell.better is None else f"{text} {'▲' if cell.better else '▼'}"
+
+
+def _latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "--"}
+    special |= {c: "\\" + c for c in "&%$#_{}"} | {"→": r"$\to$", "↓": r"$\downarrow$"}
+    special |= {"±": r"$\pm$", "▲": "$^{+}$", "▼": "$^{-}$"}
+    return "".join(special.get(c, c) for c in text)
+
+
+def compare(records: pd.DataFrame, baseline: str | None = None, metrics: Sequence[str] | None = None) -> list[ArmTable]:
+    """Compare arms: one table for each experiment, source and target.
+
+    Runs that others start from (source legs) are left out. Arms stand in order of their folders, the baseline first.
+
+    Args:
+        records: from ``read_records``.
+        baseline: the arm to compare with; None for no comparison.
+        metrics: keys of the columns; by default the headline of each group.
+
+    Raises:
+        ConfigError: no run belongs to ``baseline``, or no run has a metric of ``metrics``.
+    """
+    records = leaves(records)
+    arms = list(dict.fromkeys(records["arm"]))
+    if baseline is not None and baseline not in arms:
+        raise ConfigError(f"baseline={baseline!r} is not an arm of these runs; they have {', '.join(arms)}")
+    unknown = [m for m in metrics or () if m not in records.columns]
+    if unknown:
+        known = ", ".join(c for c in records.columns if "/" in c)
+        raise ConfigError(f"metrics: no run has {unknown[0]!r}; they have {known}")
+    return [arm_table(runs, title, baseline, metrics) for title, runs in groups(records)]
+
+
+def arm_table(
+    runs: pd.DataFrame, title: str, baseline: str | None = None, metrics: Sequence[str] | None = None
+) -> ArmTable:
+    """The table of one group of comparable runs; see ``compare``. Only finished runs enter a mean."""
+    finished = runs[runs["status"] == "finished"]
+    notes = _notes(runs)
+    repeated = finished.duplicated(["arm", "seed"], keep=False)
+    finished = finished.sort_values("written", kind="stable").drop_duplicates(["arm", "seed"], keep="last").sort_index()
+    if repeated.any():
+        notes.append("Some arms have several runs of one seed; the newest counts.")
+    if baseline is not None and not (finished["arm"] == baseline).any():
+        notes.append(f"No run of the baseline {baseline} finished here: nothing is compared.")
+        baseline = None
+    own = finished
+    finished = own if baseline is None else with_baseline(own, baseline)
+    chosen = tuple(metrics or headline(finished))
+    if any(finished[m].count() > (own[m].count() if m in own else 0) for m in chosen):
+        notes.append(f"Where a run has no metric before fine-tuning, gain and retention are against {baseline}.")
+    arms = sorted(dict.fromkeys(runs["arm"]), key=lambda arm: arm != baseline)
+    cells: dict[tuple[str, str], Cell] = {}
+    for metric in chosen:
+        cells |= {(arm, metric): cell for arm, cell in _column(finished, arms, metric, baseline).items()}
+    notes += _power(cells, baseline)
+    counts = {arm: _count(runs.loc[runs["arm"] == arm, "status"]) for arm in arms}
+    ordered = {(arm, metric): cells[arm, metric] for arm in arms for metric in chosen}
+    return ArmTable(title, chosen, counts, ordered, baseline, notes)
+
+
+def _column(finished: pd.DataFrame, arms: list[str], metric: str, baseline: str | None) -> dict[str, Cell]:
+    values: dict[str, dict[int, float]] = {
+        arm: dict(zip(some["seed"], some[metric])) for arm, some in finished.groupby("arm") if metric in finished
+    }
+    found = {arm: interval(list(values.get(arm, {}).values())) for arm in arms}
+    if baseline is None:
+        return {arm: Cell(found[arm]) for arm in arms}
+    others = [arm for arm in arms if arm != baseline]
+    compared = [compare_paired(values.get(arm, {}), values.get(baseline, {})) for arm in others]
+    adjusted = holm([c.p if c is not None else float("nan") for c in compared])
+    up = higher_is_better(metric)
+    cells = {baseline: Cell(found[baseline])}
+    for arm, comparison, p in zip(others, compared, adjusted):
+        better = (comparison.difference.mean > 0) == up if comparison is not None and p < ALPHA else None
+        cells[arm] = Cell(found[arm], comparison, p, better)
+    return cells
+
+
+def _count(status: pd.Series[str]) -> str:
+    counts = status.value_counts()
+    finished = int(counts.pop("finished")) if "finished" in counts else 0
+    return f"{finished}" + "".join(f", {n} {name}" for name, n in counts.items())
+
+
+def _notes(runs: pd.DataFrame) -> list[str]:
+    shared = runs[runs["parent"].notna()].groupby(["arm", "parent"])["seed"].nunique()
+    if (shared > 1).any():
+        return ["Seeds of an arm share their source model: the intervals are conditional on it."]
+    return []
+
+
+def _power(cells: dict[tuple[str, str], Cell], baseline: str | None) -> list[str]:
+    if baseline is None:
+        return []
+    note = f"± is half of the 95 % interval over seeds; ▲ better, ▼ worse than {baseline}, p < {ALPHA} after Holm."
+    pairs = max((c.comparison.difference.n for c in cells.values() if c.comparison is not None), default=0)
+    arms = len({arm for (arm, _), cell in cells.items() if cell.comparison is not None})
+    if arms and smallest_p(pairs) * arms >= ALPHA:
+        needed = next(n for n in range(2, 64) if smallest_p(n) * arms < ALPHA)
+        note += f" With {pairs} paired seeds no mark is possible; {needed} are needed for {arms} arms."
+    return [note]
