@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import re
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from crossft.cli.safety import check_values, deny_by_default, take_allowed
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError, UnsafeConfigError
 from crossft.tasks import Task
+from crossft.types import Domain
 
 __all__ = ["Settings"]
 
@@ -41,18 +39,26 @@ class _Parser(LightningArgumentParser):
 
 
 def translated(message: str) -> ConfigError:
-    """Our error for one of the parser's messages: its last words are what went wrong."""
-    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-    text = " ".join(lines) or "the configuration cannot be read"
-    if "import path denylist" in text:
-        path = re.search(r"Importing '([^']+)' is not allowed", text)
-        name = path.group(1) if path else "?"
-        package = name.split(".")[0]
+    """Our error for one of the parser's messages: the key, the value, and what was wrong with it."""
+    if path := re.search(r"Importing '([^']+)' is not allowed", message):
         return UnsafeConfigError(
-            f"{name!r} lies outside the packages a config may name (crossft, torch, lightning, torchmetrics, timm, "
-            f"transformers, peft); if you trust the package, add --allow {package} to the command line"
+            f"{path.group(1)!r} lies outside the packages a config may name (crossft, torch, lightning, torchmetrics, "
+            f"timm, transformers, peft); if you trust it, add --allow {path.group(1).split('.')[0]} to the command line"
         )
-    return ConfigError(text[:2000])
+    if nested := re.search(r"'[^']+' lies outside the packages.* to the command line", message):
+        return UnsafeConfigError(nested.group())
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message)) or "configuration"
+    given = re.search(r"Given value: (.+)", message)
+    wrong = [line.strip(" -") for line in message.splitlines()]
+    wrong = [line for line in dict.fromkeys(wrong) if line and not _BOILERPLATE.match(line)]
+    value = f"={given.group(1)}" if given and "NestedArg" not in given.group(1) else ""
+    return ConfigError(f"{key}{value}: {'; '.join(wrong) or 'cannot be read'}"[:1500])
+
+
+_BOILERPLATE = re.compile(
+    r"^(Parser key \"|Does not validate against any|Subtypes: |Errors:$|Expected a <class 'NoneType'>|Given value|"
+    r"Expected a path but .* not accessible)"
+)
 
 
 class Settings(LightningCLI):
@@ -123,9 +129,7 @@ class Settings(LightningCLI):
         parser.add_argument(
             "--select", type=str | None, default=None, help="Validation metric that chooses the checkpoint; null: last."
         )
-        parser.add_argument(
-            "--select_oracle", type=bool, default=False, help="Let an unlabeled target's labels choose the checkpoint."
-        )
+        parser.link_arguments("seed_everything", "data.seed")
         parser.add_class_arguments(RunOptions, "run")
         parser.add_class_arguments(CheckpointOptions, "checkpoints")
         parser.add_class_arguments(WandbOptions, "wandb")
@@ -133,7 +137,15 @@ class Settings(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, turning every failure into one of our errors."""
         try:
-            self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+            if isinstance(args, dict):
+                self.config = parser.parse_object(args)
+            else:
+                words, nulls = take_nulls(list(args or []))
+                self.config = parser.parse_args(words)
+                if nulls:
+                    for key in nulls:
+                        set_null(self.config, key)
+                    self.config = parser.parse_object(self.plain())
         except CrossftError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, OSError, yaml.YAMLError) as error:
@@ -164,21 +176,38 @@ class Settings(LightningCLI):
                 )
         self.config.methods = {name: value for name, value in methods.items() if value is not None}
 
+    def text(self) -> str:
+        """The whole configuration as YAML: what ``config.yaml`` holds, and what runs it again."""
+        return str(self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml"))
+
     def plain(self) -> dict[str, Any]:
-        """The whole configuration as plain values: what ``config.yaml`` holds, and what runs it again."""
-        text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
-        return dict(yaml.safe_load(text))
+        """The whole configuration as plain values."""
+        return dict(yaml.safe_load(self.text()))
+
+    def set_domains(self, domains: Sequence[Domain]) -> None:
+        """Write the label spaces into the model's arguments, as plain values."""
+        self.config.model.init_args.domains = [
+            Namespace(name=d.name, role=d.role, kind=d.kind, labels=d.labels) for d in domains
+        ]
 
     def build(self, *keys: str) -> Namespace:
         """Build the objects under these top-level keys (``data``, ``model``, ``trainer``, ``methods``).
 
         Raises:
-            ConfigError: an argument that the class itself refuses.
+            CrossftError: an argument that the class itself refuses.
         """
         part = Namespace()
         for key in keys:
             part[key] = self.config[key]
-        return self.parser.instantiate(part)
+        try:
+            return self.parser.instantiate(part, instantiate_groups="data" in keys)
+        except ValueError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if cause is error:
+                raise
+            raise cause from None
 
 
 DESCRIPTION = "Config keys and their defaults; --config FILE reads them from YAML, every flag wins over the files."
@@ -197,6 +226,56 @@ def configs_first(arguments: Sequence[str]) -> list[str]:
         else:
             flags.append(word)
     return configs + flags
+
+
+def take_nulls(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split flags such as ``--model.backbone.weights=null`` off the command line.
+
+    jsonargparse (4.53) hands a null to the third level of nested classes as the text "None", so these are set after
+    the parse.
+
+    Returns:
+        The other arguments, and the keys to set to null.
+    """
+    rest: list[str] = []
+    nulls: dict[str, None] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        match = _DEEP.match(word)
+        value = match and (match.group(2)[1:] if match.group(2) else (words[0] if words else ""))
+        if match and value == "null":
+            nulls[match.group(1)] = None
+            if not match.group(2):
+                words.pop(0)
+        else:
+            if match:
+                nulls.pop(match.group(1), None)
+            rest.append(word)
+    return rest, list(nulls)
+
+
+_DEEP = re.compile(r"^--((?:\w+\.){2,}\w+)(=.*)?$")
+
+
+def set_null(config: Namespace, key: str) -> None:
+    """Set a key to null; the ``init_args`` on its way may be left out.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    place: Any = config
+    *parents, last = key.split(".")
+    for name in [*parents, last]:
+        inner = getattr(place, "init_args", None) if isinstance(place, Namespace) else None
+        if name not in place and inner is not None and name in inner:
+            place = inner
+        if not isinstance(place, (Namespace, dict)) or name not in place:
+            raise ConfigError(f"--{key}=null: the config has no {name!r} there; check the name")
+        if name is last:
+            place[name] = None
+        else:
+            place = place[name]
 
 
 def _names_in(arguments: Sequence[str]) -> set[str]:

@@ -56,12 +56,14 @@ def take_allowed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             rest.append(word)
     for package in packages:
         if not package or not all(part.isidentifier() for part in package.split(".")):
-            raise ConfigError(f"--allow {package or '(nothing)'}: give the name of an importable package, as in my_project")
+            raise ConfigError(
+                f"--allow {package or '(nothing)'}: give the name of an importable package, as in my_project"
+            )
     return rest, packages
 
 
 def deny_by_default(packages: Sequence[str] = ()) -> None:
-    """Let configs import from ``ALLOWED`` and ``packages`` only, read local files only, and build what types ask for."""
+    """Let configs import from ``ALLOWED`` and ``packages`` only, and read local files only."""
     set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=[*ALLOWED, *packages],

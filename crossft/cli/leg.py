@@ -1,0 +1,210 @@
+"""One leg: a model is started, measured, trained, measured again, and its run folder written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, RunLog, load_checkpoint
+from crossft.cli.launch import Launch
+from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
+from crossft.cli.parser import Settings
+from crossft.cli.progress import ProgressBar, progress
+from crossft.cli.results import final_metrics, primary_of, table_rows, write_confusions
+from crossft.cli.screen import print_result
+from crossft.cli.weights import load_weights
+from crossft.data import DomainData
+from crossft.errors import ConfigError, Interrupted
+from crossft.runs import RunFolder, higher_is_better, read_json, write_json
+from crossft.tasks import Task
+
+__all__ = ["Leg", "build_task", "build_trainer", "measure"]
+
+
+def build_task(settings: Settings, data: DomainData) -> Task:
+    """Build the task over the data's label spaces, which become plain values of the config."""
+    settings.set_domains(data.domains)
+    task: Task = settings.build("model").model
+    return task
+
+
+def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
+    """Build a Trainer from the config.
+
+    Raises:
+        ConfigError: Lightning refuses the combination.
+    """
+    arguments = {**dict(settings.build("trainer").trainer), **overrides}
+    try:
+        return Trainer(**arguments)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def measure(settings: Settings, task: Task, data: DomainData, split: str = "test") -> dict[str, float]:
+    """Evaluate the task as it is: ``DOMAIN/SPLIT/METRIC`` of every domain that has labels there."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = build_trainer(settings, logger=False, callbacks=[], enable_checkpointing=False, **quiet)
+    run = trainer.test if split == "test" else trainer.validate
+    run(task, datamodule=data, verbose=False)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+@dataclass
+class Leg:
+    """One run: one fit on one mixture of domains from one starting model.
+
+    Attributes:
+        settings: its configuration.
+        folder: its run folder, which exists.
+        data: its data, prepared.
+        init: checkpoint of the model it starts from, or None for the pretrained backbone.
+        resume: its own checkpoint that training continues from, or None.
+        launch: the processes that run it.
+    """
+
+    settings: Settings
+    folder: RunFolder
+    data: DomainData
+    init: Path | None
+    resume: Path | None
+    launch: Launch
+
+    def run(self) -> None:
+        """Run the leg to its end; its summary says ``failed`` or ``interrupted`` where it does not get there."""
+        started = time.monotonic()
+        former = float(self.folder.summary().get("seconds") or 0.0)
+        if self.launch.first:
+            self.folder.write_summary(status="running", error=None)
+        try:
+            self._run()
+        except Interrupted as stop:
+            self._end("interrupted", former + time.monotonic() - started, str(stop))
+            raise
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self._end("interrupted", former + time.monotonic() - started, type(stop).__name__)
+            raise
+        except BaseException as error:
+            self._end("failed", former + time.monotonic() - started, f"{type(error).__name__}: {error}")
+            raise
+        self._end("finished", former + time.monotonic() - started, None)
+        Launch.wait()
+
+    def _end(self, status: str, seconds: float, error: str | None) -> None:
+        if self.launch.first:
+            self.folder.write_summary(status=status, seconds=round(seconds, 2), error=error)
+
+    def _run(self) -> None:
+        config = self.settings.config
+        seed_everything(config.seed_everything, workers=True, verbose=False)
+        task = build_task(self.settings, self.data)
+        trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
+        select = self._checked_select(task)
+        methods = self._methods()
+        before = self._before(task, trained) if config.before else {}
+        wandb = self._fit(task, methods, select)
+        best = self.folder.best if select is not None else self.folder.last
+        load_weights(task, best)
+        after = measure(self.settings, task, self.data)
+        metrics = final_metrics(task.domains, before, after, config.before)
+        if self.launch.first:
+            self.folder.write_summary(
+                metrics=metrics,
+                checkpoint=str(best.relative_to(self.folder.path)),
+                selected_by=select,
+                primary=primary_of(task.domains),
+            )
+            write_confusions(self.folder, task.evaluation.confusion_matrices, task.domains)
+            close_wandb(wandb, metrics)
+            print_result(self.folder, table_rows(task.domains, metrics))
+
+    def _methods(self) -> list[Callback]:
+        """The methods in name order, each knowing its name."""
+        methods: dict[str, Any] = dict(self.settings.build("methods").methods or {})
+        for name, method in methods.items():
+            method.name = name
+        return [methods[name] for name in sorted(methods)]
+
+    def _before(self, task: Task, trained: frozenset[str]) -> dict[str, float]:
+        """The starting model on the test splits, measured once a run; only of domains whose head is trained."""
+        if self.folder.before.is_file():
+            return dict(read_json(self.folder.before)["metrics"])
+        names = task.evaluation.names
+        known = tuple(f"{names[d.name]}/test/" for d in task.domains if task.head_keys[d.name] in trained)
+        found = measure(self.settings, task, self.data) if known else {}
+        before = {key: value for key, value in found.items() if key.startswith(known)}
+        if self.launch.first:
+            untrained = [d.name for d in task.domains if task.head_keys[d.name] not in trained]
+            write_json(self.folder.before, {"metrics": before, "untrained": untrained})
+        return before
+
+    def _fit(self, task: Task, methods: list[Callback], select: str | None) -> Any:
+        """Train to the end, from the start or from the checkpoint to resume; return the W&B logger."""
+        config = self.settings.config
+        seed_everything(config.seed_everything, workers=True, verbose=False)
+        first_step = load_checkpoint(self.resume)["global_step"] if self.resume is not None else 0
+        run_id = str(self.folder.summary().get("wandb_id"))
+        plain = self.settings.plain()
+        wandb = wandb_logger(self.folder, config.wandb, run_id, plain) if self.launch.first else None
+        own: dict[str, Any] = dict(self.settings.build("trainer").trainer)
+        bar = progress(own["enable_progress_bar"])
+        trainer = build_trainer(
+            self.settings,
+            logger=[RunLog(self.folder.path, first_step), *([wandb] if wandb else []), *_listed(own["logger"])],
+            plugins=[*_listed(own["plugins"]), AtomicCheckpointIO()],
+            callbacks=[
+                *_listed(own["callbacks"]),
+                *methods,
+                bar,
+                RunIdentity(self.folder.path, run_id),
+                Checkpoints(
+                    self.folder.path,
+                    every_n_steps=config.checkpoints.every_n_steps,
+                    keep=config.checkpoints.keep,
+                    monitor=select,
+                    mode="max" if select is None or higher_is_better(select) else "min",
+                ),
+            ],
+            default_root_dir=str(self.folder.path),
+            enable_progress_bar=isinstance(bar, ProgressBar),
+            enable_model_summary=False,
+        )
+        trainer.fit(task, datamodule=self.data, ckpt_path=self.resume, weights_only=True)
+        return wandb
+
+    def _checked_select(self, task: Task) -> str | None:
+        """The metric that chooses the checkpoint.
+
+        Raises:
+            ConfigError: validation does not measure it.
+        """
+        select: str | None = self.settings.config.select
+        if select is None:
+            return None
+        names = task.evaluation.names
+        labeled = {row["domain"] for row in self.data.describe() if row["val_labels"]}
+        known = [
+            f"{names[d.name]}/val/{metric}"
+            for d, metrics in zip(task.domains, task.evaluation.metrics, strict=True)
+            if d.name in labeled
+            for metric in ["loss", *metrics.keys()]  # type: ignore[operator]
+        ]
+        if select not in known:
+            raise ConfigError(
+                f"select={select!r} is not measured in validation; allowed: {', '.join(known) or 'nothing'}, or null "
+                "for the last checkpoint. A target without validation labels cannot choose a checkpoint "
+                "(data.validation_from_labels=true takes some of its shots for that)"
+            )
+        return select
+
+
+def _listed(value: Any) -> list[Any]:
+    """What a Trainer argument that takes one or many holds; switches (true, false, null) hold nothing."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,276 @@
+"""Chains of legs: the source first where the config says so, then the run itself; and their resumption."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+
+from crossft.callbacks.monitoring import latest_valid
+from crossft.cli.launch import Launch
+from crossft.cli.leg import Leg
+from crossft.cli.loggers import wandb_id
+from crossft.cli.parser import Settings
+from crossft.cli.safety import take_allowed
+from crossft.cli.screen import quiet_lightning
+from crossft.cli.weights import checkpoint_of
+from crossft.data import DomainData
+from crossft.errors import ConfigError, CrossftError, RunError
+from crossft.metrics import primary_metric
+from crossft.runs import RunFolder, config_hash, read_json, run_id, write_atomic, write_json
+from crossft.tasks.evaluation import display_names
+
+__all__ = ["Chain", "run", "source_settings"]
+
+NOT_TRAINED = (
+    "run", "wandb", "experiment", "arm", "seed_everything", "checkpoints", "data.root", "data.num_workers",
+    "data.verify", "data.cache_images", "trainer.logger", "trainer.enable_progress_bar",
+    "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler", "model.init_args.domains",
+)  # fmt: skip
+"""Keys that do not change what is trained, or that a run's id names otherwise: left out of the config's hash."""
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """``crossft fit`` and ``crossft resume``."""
+    if command == "fit":
+        Chain(Settings(arguments, "fit")).run()
+        return 0
+    arguments, allowed = take_allowed(arguments)
+    parser = argparse.ArgumentParser("crossft resume", description="Continue a run from its folder, to the same bits.")
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--allow", metavar="PACKAGE", help="let its config name classes of one more package")
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise ConfigError(
+            f"crossft resume takes no settings ({rest[0]}): a run is continued with its own config; "
+            "for other settings start a new run, with --init for the model"
+        )
+    folder = RunFolder.open(options.run)
+    if folder.summary()["status"] == "finished":
+        print(f"{folder.path} is finished: nothing to resume")
+        return 0
+    if not folder.config.is_file():
+        raise RunError(f"{folder.config} is missing: the run never began; remove the folder and start it again")
+    settings = Settings(yaml.safe_load(folder.config.read_text(encoding="utf-8")), "resume", allowed)
+    Chain(settings, folder).run()
+    return 0
+
+
+def prepared(settings: Settings, manifest: dict[str, Any] | None = None) -> DomainData:
+    """The config's data, read, checked and split; of domains in ``manifest``, with those splits."""
+    data: DomainData = settings.build("data").data
+    if manifest:
+        names = {n for group in data.roles.values() for n in group}
+        data.use_manifest({name: splits for name, splits in manifest.items() if name in names})
+    data.prepare()
+    return data
+
+
+def source_settings(settings: Settings) -> Settings:
+    """The config of the leg that fits the source first: the same, on the source alone, without methods.
+
+    The target takes no part in it, neither its rows nor its name, so legs to other targets share the result.
+    """
+    plain = settings.plain()
+    overrides = plain.pop("source_leg") or {}
+    plain["data"] |= {"target": None, "eval": None, "shots": None, "fraction": None, "target_labels": "all"}
+    plain["data"] |= {"validation_from_labels": False, "mix": None, "epoch": "longest", "train_on": "source"}
+    plain |= {"methods": {}, "init": None, "select": None, "arm": "source"}
+    merged = _merged(plain, overrides)
+    merged["data"] |= {"target": None, "train_on": "source"}
+    merged["run"]["dir"] = None
+    return Settings(merged, "fit", settings.allowed)
+
+
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``overrides`` laid over it; another class starts from its own defaults."""
+    merged = dict(base)
+    if overrides.get("class_path", base.get("class_path")) != base.get("class_path"):
+        merged.pop("init_args", None)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def chosen_by_source(data: DomainData) -> str | None:
+    """What chooses the checkpoint of a source leg: the primary metric of the first source, on its validation split."""
+    first, row = data.domains[0], data.describe()[0]
+    names = display_names(data.domains)
+    return f"{names[first.name]}/val/{primary_metric(first.kind).name}" if row["val_labels"] else None
+
+
+class Chain:
+    """A run and, where its config has a ``source_leg`` and no ``init``, the run it starts from.
+
+    Args:
+        settings: the run's configuration.
+        folder: the run's folder, where it is resumed.
+    """
+
+    def __init__(self, settings: Settings, folder: RunFolder | None = None) -> None:
+        quiet_lightning()
+        self.settings, self.folder = settings, folder
+        self.launch = Launch()
+        config = settings.config
+        if config.trainer.fast_dev_run:
+            raise ConfigError("trainer.fast_dev_run leaves no checkpoint to measure; use --trainer.max_steps 2")
+        self.init = checkpoint_of(config.init) if config.init else None
+        self.source: Settings | None = None
+        if config.source_leg is not None and config.init is None and config.data.source:
+            self.source = source_settings(settings)
+        self._lock: FileLock | None = None
+
+    def run(self) -> None:
+        """Run what is left of the chain."""
+        source_data = None
+        if self.source is not None:
+            source_data = prepared(self.source)
+            self.source.config.select = chosen_by_source(source_data)
+        data = prepared(self.settings, self._inherited(source_data))
+        try:
+            plan = self.launch.agree(lambda: self._decide(data, source_data))
+            folder = RunFolder(plan["folder"])
+            init = self.init
+            if source_data is not None:
+                init = self._run_source(plan, source_data, folder)
+            resume = Path(plan["resume"]) if plan["resume"] else None
+            Leg(self.settings, folder, data, init, resume, self.launch).run()
+        finally:
+            self._release()
+
+    def _inherited(self, source_data: DomainData | None) -> dict[str, Any] | None:
+        """The splits of the leg this one starts from."""
+        if source_data is not None:
+            return source_data.split_manifest()
+        if self.folder is not None and self.folder.splits.is_file():
+            return dict(read_json(self.folder.splits))
+        if self.init is not None:
+            splits = RunFolder(self.init.parent.parent).splits
+            return dict(read_json(splits)) if splits.is_file() else None
+        return None
+
+    # -- the first process decides ------------------------------------------------------------------------------
+
+    def _decide(self, data: DomainData, source_data: DomainData | None) -> dict[str, Any]:
+        """Make or open the folders, and say what is left to do; in the first process, before any Trainer."""
+        source = self._source_folder(source_data) if source_data is not None else None
+        digest = config_hash({**self._hashed(self.settings), "data_content": data.fingerprint})
+        if self.folder is None:
+            parent = str(source.path) if source is not None else self.settings.config.init
+            self.folder = self._create(self.settings, self._path(digest), digest, data, parent)
+        elif self.folder.summary().get("config_hash") not in (None, digest):
+            raise RunError(
+                f"{self.folder.path}: its config.yaml or its data are not those the run began with "
+                f"(hash {digest}, was {self.folder.summary()['config_hash']}); a resume would not give the same run"
+            )
+        plan: dict[str, Any] = {"folder": str(self.folder.path), "resume": _text(latest_valid(self.folder.checkpoints))}
+        if source is not None and source_data is not None:
+            plan |= self._decide_source(source, source_data)
+        return plan
+
+    def _decide_source(self, folder: RunFolder, data: DomainData) -> dict[str, Any]:
+        """Reuse a finished source, continue an unfinished one, or begin; one process at a time, under a lock."""
+        assert self.source is not None
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder.path.parent / f".{folder.path.name}.lock")
+        if not _acquired(self._lock):
+            print(f"waiting: another process is fitting the source in {folder.path}")
+            self._lock.acquire()
+        done = folder.summary_file.is_file() and folder.summary()["status"] == "finished"
+        if done:
+            self._release()
+            print(f"source: reusing {folder.path}")
+        elif not folder.config.is_file():
+            digest = folder.path.name.removeprefix("source-")
+            self._create(self.source, folder.path, digest, data, None)
+        return {
+            "source": str(folder.path),
+            "source_done": done,
+            "source_resume": None if done else _text(latest_valid(folder.checkpoints)),
+        }
+
+    def _source_folder(self, data: DomainData) -> RunFolder:
+        assert self.source is not None
+        config = self.source.config
+        hashed = self._hashed(self.source)
+        digest = config_hash({**hashed, "seed": config.seed_everything, "data_content": data.fingerprint})
+        return RunFolder(Path(config.run.root) / config.experiment / f"source-{digest[:8]}")
+
+    def _hashed(self, settings: Settings) -> dict[str, Any]:
+        plain = settings.plain()
+        for key in NOT_TRAINED:
+            *parents, last = key.split(".")
+            place = plain
+            for name in parents:
+                place = place.get(name) or {}
+            place.pop(last, None)
+        return plain
+
+    def _path(self, digest: str) -> Path:
+        config = self.settings.config
+        if config.run.dir is not None:
+            return Path(config.run.dir)
+        return Path(config.run.root) / config.experiment / run_id(config.arm, config.seed_everything, digest)
+
+    def _create(self, settings: Settings, path: Path, digest: str, data: DomainData, parent: str | None) -> RunFolder:
+        config = settings.config
+        roles: dict[str, list[str]] = {}
+        for domain in data.domains:
+            roles.setdefault(domain.role, []).append(domain.name)
+        folder = RunFolder.create(
+            path,
+            experiment=config.experiment,
+            arm=config.arm,
+            seed=config.seed_everything,
+            config_hash=digest,
+            parent=parent,
+            domains=roles,
+        )
+        folder.write_summary(wandb_id=wandb_id(folder))
+        settings.set_domains(data.domains)
+        write_atomic(folder.config, settings.text())
+        write_json(folder.splits, data.split_manifest())
+        if data.quarantined:
+            write_json(folder.quarantine, data.quarantined)
+        return folder
+
+    # -- the source leg -----------------------------------------------------------------------------------------
+
+    def _run_source(self, plan: dict[str, Any], data: DomainData, target: RunFolder) -> Path:
+        """Fit the source unless that is done; return the checkpoint the target leg starts from."""
+        assert self.source is not None
+        folder = RunFolder(plan["source"])
+        if not plan["source_done"]:
+            if self.launch.first:
+                print(f"source: fitting {', '.join(d.name for d in data.domains)} first, in {folder.path}")
+            resume = Path(plan["source_resume"]) if plan["source_resume"] else None
+            try:
+                Leg(self.source, folder, data, None, resume, self.launch).run()
+            except CrossftError as error:
+                if self.launch.first:
+                    target.write_summary(status=folder.summary()["status"], error=f"in the source leg: {error}")
+                raise
+            self._release()
+        return checkpoint_of(folder.path)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _acquired(lock: FileLock) -> bool:
+    """Take the lock if it is free."""
+    try:
+        lock.acquire(blocking=False)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""What a leg leaves behind: its final metrics, confusion matrices, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from crossft.metrics import primary_metric
+from crossft.runs import RunFolder, gain, higher_is_better, retention, write_atomic
+from crossft.tasks.evaluation import display_names
+from crossft.types import Domain
+
+__all__ = ["final_metrics", "primary_of", "table_rows", "write_confusions"]
+
+
+def primary_of(domains: Sequence[Domain]) -> dict[str, str]:
+    """The primary metric of each domain, by the domain's key in metric names."""
+    names = display_names(domains)
+    return {names[d.name]: primary_metric(d.kind).name for d in domains}
+
+
+def final_metrics(
+    domains: Sequence[Domain], before: Mapping[str, float | None], after: Mapping[str, float], measured: bool = True
+) -> dict[str, float | None]:
+    """The ``metrics`` of ``summary.json``.
+
+    Args:
+        domains: the run's domains.
+        before: ``DOMAIN/test/METRIC`` of the starting model, as far as its heads were trained.
+        after: the same of the model chosen.
+        measured: whether "before" was measured at all; where it was not, nothing is said of it.
+
+    Returns:
+        after, ``.../before`` (null where the head was untrained), retention of sources and eval domains, gain of all.
+    """
+    found: dict[str, float | None] = dict(after)
+    if not measured:
+        return found
+    found |= {f"{key}/before": before.get(key) for key in after}
+    names, primary = display_names(domains), primary_of(domains)
+    for domain in domains:
+        name = names[domain.name]
+        key = f"{name}/test/{primary[name]}"
+        if key not in after:
+            continue
+        higher = higher_is_better(key)
+        found[f"{name}/gain"] = gain(before.get(key), after[key], higher)
+        if domain.role != "target":
+            found[f"{name}/retention"] = retention(before.get(key), after[key], higher)
+    return found
+
+
+def table_rows(domains: Sequence[Domain], metrics: Mapping[str, float | None]) -> list[list[str]]:
+    """One row a domain for the final table: domain, role, metric, before, after, gain, retention."""
+    names, primary = display_names(domains), primary_of(domains)
+    rows = []
+    for domain in domains:
+        name = names[domain.name]
+        key = f"{name}/test/{primary[name]}"
+        values = [metrics.get(k) for k in (f"{key}/before", key, f"{name}/gain", f"{name}/retention")]
+        shown = ["-" if v is None else f"{v:+.3f}" if i == 2 else f"{v:.3f}" for i, v in enumerate(values)]
+        rows.append([domain.name, domain.role, primary[name], *shown])
+    return rows
+
+
+def write_confusions(folder: RunFolder, matrices: Mapping[str, Tensor], domains: Sequence[Domain]) -> None:
+    """Write each domain's confusion matrix as ``confusion/DOMAIN.csv``: rows are true labels, columns predicted.
+
+    A multilabel matrix [c, 2, 2] becomes one row a label: true negatives, false positives, false negatives, true
+    positives.
+    """
+    labels = {d.name: d.labels for d in domains}
+    for name, matrix in matrices.items():
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        if matrix.ndim == 3:
+            writer.writerow(["label", "tn", "fp", "fn", "tp"])
+        else:
+            writer.writerow(["true", *labels[name]])
+        for label, row in zip(labels[name], matrix, strict=True):
+            writer.writerow([label, *(int(v) for v in row.flatten().tolist())])
+        write_atomic(folder.path / "confusion" / f"{name}.csv", text.getvalue())

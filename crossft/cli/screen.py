@@ -1,0 +1,44 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from crossft.runs import RunFolder
+
+__all__ = ["print_result", "print_table", "quiet_lightning"]
+
+
+def quiet_lightning() -> None:
+    """Leave out Lightning's notes on hardware and on what the command line decided on purpose; warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for note in (
+        "The number of training batches",  # small data: the loss is logged less often, epochs are always logged
+        ".*does not have many workers",  # batches are made in the main process unless data.num_workers says more
+        ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
+        "`weights_only` was not set",  # our checkpoint reader never unpickles code, whatever is asked
+        "Trying to infer the `batch_size`",
+    ):
+        warnings.filterwarnings("ignore", message=note)
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
+    """Print a table; the first ``text_columns`` columns are text, the others numbers."""
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index < text_columns else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row))
+    Console(highlight=False).print(table)
+
+
+def print_result(folder: RunFolder, rows: Sequence[Sequence[str]]) -> None:
+    """Print a run's final table and where its files lie."""
+    print_table("", ["domain", "role", "metric", "before", "after", "gain", "retention"], rows, 3)
+    print(f"run folder: {folder.path}")
