@@ -78,7 +78,8 @@ class DomainBatchNorm(nn.Module):
     normalized with the statistics of its own domain. In training these are the domain's batch statistics, and its
     running ones follow; in evaluation the running ones. Rows whose domain is out of range (-1: padding, or an
     evaluation domain) or was never trained on use the statistics the layer had before (the pretrained ones), in
-    both modes. The wrapped layer is kept as ``base``, so its own statistics stay as they were.
+    both modes. The wrapped layer is kept as ``base``, so its own statistics stay as they were. With several
+    processes each normalizes with its own rows, and the running statistics of the first are kept, as in torch.
 
     Attributes:
         domains: [b] domain id of each row of the current batch; set by ``set_domains``.
@@ -115,8 +116,8 @@ class DomainBatchNorm(nn.Module):
             raise ConfigError(f"a per-domain BatchNorm needs one domain id a row: got {got} for {len(x)} rows")
         mean, var = self._statistics(x)
         shape = (len(x), -1, *[1] * (x.dim() - 2))
-        y = (x - mean.to(x.dtype).view(shape)) * torch.rsqrt(var + self.base.eps).to(x.dtype).view(shape)
-        return self._affine(y)
+        y = (x - mean.view(shape)) * torch.rsqrt(var + self.base.eps).view(shape)  # float32 for half-precision x
+        return self._affine(y, x.dtype)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of each row's domain, [b, c] each."""
@@ -154,11 +155,12 @@ class DomainBatchNorm(nn.Module):
             self.running_var[domain] += rate * (unbiased - self.running_var[domain])
         return mean, var
 
-    def _affine(self, y: Tensor) -> Tensor:
+    def _affine(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         base = self.base
         if base.weight is not None:
             shape = (1, -1, *[1] * (y.dim() - 2))
             y = y * base.weight.view(shape) + base.bias.view(shape)
+        y = y.to(dtype)
         for name in ("drop", "act"):  # timm's BatchNormAct2d
             layer = getattr(base, name, None)
             if isinstance(layer, nn.Module):

@@ -60,6 +60,8 @@ class Timm(Backbone):
         torch.Size([2, 96])
     """
 
+    input_spec: ImageSpec
+
     def __init__(
         self,
         name: str,
@@ -113,11 +115,10 @@ class Timm(Backbone):
         captured: dict[str, Tensor] = {}
         x: Any = inputs["pixel_values"] if start == 0 or value is None else value
         if self._whole:
-            x = self._checkpointed(self.model.forward_features, [self.model], x)
+            x = self._checkpointed(self.model.forward_features, ("model",), x)
         for plan in self._plans[start:]:
             if not self._whole and plan.calls:
-                modules = [self.get_submodule(path) for path in plan.modules]
-                x = self._checkpointed(partial(self._run, plan), modules, x)
+                x = self._checkpointed(partial(self._run, plan), plan.modules, x)
             if plan.name in capture:
                 captured[plan.name] = x
         if not isinstance(x, Tensor):  # several scales (CrossViT, CoaT), which only the model's own head can merge
@@ -135,12 +136,12 @@ class Timm(Backbone):
             x = part(x)
         return x
 
-    def _checkpointed(self, run: Callable[[Tensor], Tensor], modules: list[nn.Module], x: Tensor) -> Tensor:
+    def _checkpointed(self, run: Callable[[Tensor], Tensor], paths: tuple[str, ...], x: Tensor) -> Tensor:
         if not (self.checkpoint_grads and torch.is_grad_enabled()):
             return run(x)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), without_statistics(modules)
+            return nullcontext(), without_statistics([self.get_submodule(path) for path in paths])
 
         return checkpoint(run, x, use_reentrant=False, context_fn=contexts)
 
@@ -183,11 +184,18 @@ class Timm(Backbone):
 
         if any(isinstance(m, DomainBatchNorm) for m in self.model.modules()):
             raise BackboneError("export: per-domain BatchNorm statistics have no plain timm form")
-        save_for_hf(self.model, str(folder), model_args=self._export_args(), safe_serialization=True)
+        spec = self.input_spec
+        preprocessing = {
+            "input_size": (spec.channels, *spec.size),
+            "mean": spec.mean,
+            "std": spec.std,
+            "interpolation": spec.interpolation,
+            "crop_pct": spec.crop_pct,
+        }
+        config = {"num_classes": 0, "pretrained_cfg": preprocessing}
+        args = {"num_classes": 0, **self.model_args}
+        save_for_hf(self.model, str(folder), model_config=config, model_args=args, safe_serialization=True)
         return Path(folder)
-
-    def _export_args(self) -> dict[str, Any]:
-        return {"num_classes": 0, **self.model_args}
 
 
 def _build(name: str, weights: str | Path | None, args: dict[str, Any], image_size: int | None) -> nn.Module:

@@ -50,6 +50,8 @@ class Transformer(Backbone):
             ``max_length`` is more than its position embeddings.
     """
 
+    input_spec: TextSpec
+
     def __init__(
         self,
         name: str,
@@ -132,7 +134,6 @@ class Transformer(Backbone):
     def export(self, folder: Path) -> Path:
         """Write the model and its tokenizer as ``save_pretrained`` does (safetensors)."""
         self.model.save_pretrained(str(folder))
-        assert isinstance(self.input_spec, TextSpec)
         self.input_spec.tokenizer.save_pretrained(str(folder))
         return Path(folder)
 
@@ -240,9 +241,12 @@ def _tokenizer(name: str, source: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise BackboneError(f"name={name!r} has no tokenizer that transformers can load: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
+        raise BackboneError(f"name={name!r} has no tokenizer: its vocabulary is empty; add the tokenizer's files")
+    return tokenizer
 
 
 def _checked_length(model: Any, max_length: int) -> int:
