@@ -1,7 +1,5 @@
 """Reports: run folders -> records -> tables, figures, one page. Nothing here imports torch.
 
-The heavy parts (pandas, matplotlib, scipy) load when their module is imported: ``crossft.reports.records``,
-``stats``, ``tables``, ``figures``, ``page``, ``final``.
+pandas, matplotlib and scipy load with the module that needs them, so each is imported by its own name:
+``crossft.reports.records``, ``stats``, ``tables``, ``figures``, ``page``, ``final``.
 """
-
-__all__: list[str] = []

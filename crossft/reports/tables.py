@@ -78,10 +78,11 @@ class ArmTable:
         """For the terminal."""
         notes = Text("\n".join(self.notes))
         table = Table(title=Text(self.title), caption=notes, caption_justify="left", box=SIMPLE_HEAD)
-        table.add_column("arm", min_width=12, overflow="fold")
+        table.padding = (0, 1, 0, 0)
+        table.add_column("arm", min_width=10, overflow="fold")
         table.add_column("runs", overflow="fold")
         for metric in self.metrics:
-            table.add_column(Text("\n".join(label(metric).split(" ", 1))), justify="right", min_width=9)
+            table.add_column(Text("\n".join(label(metric).split(" ", 1))), justify="right", min_width=8)
         for row in self.rows():
             table.add_row(*map(Text, row))
         return table

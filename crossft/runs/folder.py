@@ -23,6 +23,8 @@ _EMPTY: dict[str, Any] = {
     "seed": None,
     "versions": {},
     "seconds": None,
+    "domains": {},
+    "primary": {},
     "metrics": {},
     "config_hash": None,
     "parent": None,
