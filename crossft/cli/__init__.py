@@ -12,35 +12,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from crossft import __version__
+from crossft.cli.texts import COMMANDS, HELP, USAGE
 from crossft.errors import ConfigError, CrossftError, Interrupted
 
 __all__ = ["main"]
-
-COMMANDS = {
-    "fit": ("legs", "train a run: the source first where the config says so, then the target"),
-    "resume": ("legs", "continue a run from its folder, to the same bits"),
-    "test": ("evaluate", "measure a run's model on the test splits"),
-    "validate": ("evaluate", "measure a run's model on the validation splits"),
-    "predict": ("predict", "write predictions for files, a folder or a table as CSV or Parquet"),
-    "export": ("export", "write a run's backbone as a plain timm state or a transformers folder"),
-    "inspect": ("inspect", "print the stages of a config's model, with parameter counts"),
-    "list": ("list", "list the methods, backbones or tasks, with the paper each"),
-    "compare": ("compare", "put runs side by side: gain and retention with confidence intervals"),
-}
-
-USAGE = """usage: crossft COMMAND [ARGUMENTS]      (crossft COMMAND --help explains a command)
-
-Fine-tune pretrained vision and text models across named domains, with every method a switch,
-and the gain on the target and the retention on the source always measured.
-
-commands:
-{commands}
-
-first steps:
-  crossft fit --config configs/vision/domains.yaml --data.root DIR --data.source photo --data.target sketch
-  crossft fit --config configs/text/domains.yaml   --data.root DIR --data.source books --data.target kitchen
-DIR holds one folder (DOMAIN/CLASS/image) or one file (DOMAIN.csv|tsv|jsonl|parquet) a domain.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0)
     if command not in COMMANDS:
         return _complain(f"unknown command {command!r}; commands: {', '.join(COMMANDS)}", 2)
+    if arguments[:1] in (["-h"], ["--help"]) and command in HELP:
+        print(HELP[command])
+        return 0
     try:
         return int(import_module(f"crossft.cli.{COMMANDS[command][0]}").run(command, arguments) or 0)
     except Interrupted as stop:

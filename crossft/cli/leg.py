@@ -15,8 +15,7 @@ from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
 from crossft.cli.parser import Settings
 from crossft.cli.progress import ProgressBar, progress
-from crossft.cli.results import final_metrics, primary_of, table_rows, write_confusions
-from crossft.cli.screen import print_result
+from crossft.cli.results import final_metrics, finish, primary_of, write_confusions
 from crossft.cli.weights import load_weights
 from crossft.data import DomainData
 from crossft.errors import ConfigError, Interrupted
@@ -121,7 +120,7 @@ class Leg:
             )
             write_confusions(self.folder, task.evaluation.confusion_matrices, task.domains)
             close_wandb(wandb, metrics)
-            print_result(self.folder, table_rows(task.domains, metrics))
+            finish(self.folder)
 
     def _methods(self) -> list[Callback]:
         """The methods in name order, each knowing its name."""

@@ -27,7 +27,7 @@ __all__ = ["Chain", "run", "source_settings"]
 
 NOT_TRAINED = (
     "run", "wandb", "experiment", "arm", "seed_everything", "checkpoints", "data.root", "data.num_workers",
-    "data.verify", "data.cache_images", "trainer.logger", "trainer.enable_progress_bar",
+    "data.verify", "data.cache_images", "data.inputs", "trainer.logger", "trainer.enable_progress_bar",
     "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler", "model.init_args.domains",
 )  # fmt: skip
 """Keys that do not change what is trained, or that a run's id names otherwise: left out of the config's hash."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+from rich.console import Console
 from torch import Tensor
 
+from crossft.errors import RunError
 from crossft.metrics import primary_metric
+from crossft.reports.figures import learning_curves
+from crossft.reports.final import final_table
 from crossft.runs import RunFolder, gain, higher_is_better, retention, write_atomic
 from crossft.tasks.evaluation import display_names
 from crossft.types import Domain
 
-__all__ = ["final_metrics", "primary_of", "table_rows", "write_confusions"]
+__all__ = ["final_metrics", "finish", "primary_of", "write_confusions"]
 
 
 def primary_of(domains: Sequence[Domain]) -> dict[str, str]:
@@ -53,19 +58,6 @@ def final_metrics(
     return found
 
 
-def table_rows(domains: Sequence[Domain], metrics: Mapping[str, float | None]) -> list[list[str]]:
-    """One row a domain for the final table: domain, role, metric, before, after, gain, retention."""
-    names, primary = display_names(domains), primary_of(domains)
-    rows = []
-    for domain in domains:
-        name = names[domain.name]
-        key = f"{name}/test/{primary[name]}"
-        values = [metrics.get(k) for k in (f"{key}/before", key, f"{name}/gain", f"{name}/retention")]
-        shown = ["-" if v is None else f"{v:+.3f}" if i == 2 else f"{v:.3f}" for i, v in enumerate(values)]
-        rows.append([domain.name, domain.role, primary[name], *shown])
-    return rows
-
-
 def write_confusions(folder: RunFolder, matrices: Mapping[str, Tensor], domains: Sequence[Domain]) -> None:
     """Write each domain's confusion matrix as ``confusion/DOMAIN.csv``: rows are true labels, columns predicted.
 
@@ -83,3 +75,11 @@ def write_confusions(folder: RunFolder, matrices: Mapping[str, Tensor], domains:
         for label, row in zip(labels[name], matrix, strict=True):
             writer.writerow([label, *(int(v) for v in row.flatten().tolist())])
         write_atomic(folder.path / "confusion" / f"{name}.csv", text.getvalue())
+
+
+def finish(folder: RunFolder) -> None:
+    """Draw the learning curves, print the final table, and say where the run's files lie."""
+    with suppress(RunError):  # a fit of no step has nothing to draw
+        learning_curves(folder.path)
+    Console(highlight=False).print(final_table(folder.summary()))
+    print(f"run folder: {folder.path}")

@@ -6,12 +6,11 @@ import logging
 import warnings
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from crossft.runs import RunFolder
-
-__all__ = ["print_result", "print_table", "quiet_lightning"]
+__all__ = ["print_table", "quiet_lightning"]
 
 
 def quiet_lightning() -> None:
@@ -29,16 +28,11 @@ def quiet_lightning() -> None:
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
-    """Print a table; the first ``text_columns`` columns are text, the others numbers."""
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    """Print a title and a table; the first ``text_columns`` columns are text, the others numbers."""
+    table = Table(box=SIMPLE_HEAD)
     for index, name in enumerate(head):
         table.add_column(name, justify="left" if index < text_columns else "right")
     for row in rows:
         table.add_row(*(str(value) for value in row))
+    print(title)
     Console(highlight=False).print(table)
-
-
-def print_result(folder: RunFolder, rows: Sequence[Sequence[str]]) -> None:
-    """Print a run's final table and where its files lie."""
-    print_table("", ["domain", "role", "metric", "before", "after", "gain", "retention"], rows, 3)
-    print(f"run folder: {folder.path}")

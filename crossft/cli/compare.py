@@ -1,0 +1,45 @@
+"""``crossft compare RUN...``: reads run folders, imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from crossft.errors import ConfigError
+from crossft.runs import write_atomic
+
+__all__ = ["run"]
+
+_FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Print one table for each experiment, source and target."""
+    parser = argparse.ArgumentParser(
+        "crossft compare",
+        description="Put runs side by side: mean over seeds with 95 % intervals, and tests against a baseline.",
+    )
+    parser.add_argument("runs", nargs="+", help="run folders, or folders that hold some (runs/EXPERIMENT)")
+    parser.add_argument("--baseline", help="the arm the others are compared with")
+    parser.add_argument("--metrics", nargs="+", help="columns, as in summary.json; default: the headline metrics")
+    parser.add_argument("--output", type=Path, help="also write the tables: .md, .tex, .csv, or a page: .html")
+    options = parser.parse_args(arguments)
+    output: Path | None = options.output
+    if output is not None and output.suffix not in (*_FORMATS, ".html"):
+        raise ConfigError(f"--output={output}: choose an ending among {', '.join(_FORMATS)}, .html")
+    from crossft.reports.page import write_page
+    from crossft.reports.records import read_records
+    from crossft.reports.tables import compare
+
+    tables = compare(read_records(options.runs), options.baseline, options.metrics)
+    for table in tables:
+        Console(highlight=False).print(table.rich())
+    if output is not None:
+        if output.suffix == ".html":
+            write_page(options.runs, output, baseline=options.baseline)
+        else:
+            write_atomic(output, "\n".join(getattr(table, _FORMATS[output.suffix])() for table in tables))
+        print(f"written: {output}")
+    return 0

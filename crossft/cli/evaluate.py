@@ -1,0 +1,54 @@
+"""``crossft test RUN`` and ``crossft validate RUN``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossft.cli.launch import Launch
+from crossft.cli.leg import measure
+from crossft.cli.saved import Saved, open_run, take_option
+from crossft.cli.screen import print_table
+from crossft.data import DomainData
+from crossft.errors import ConfigError
+from crossft.runs import read_json, write_json
+
+__all__ = ["prepared_like", "run"]
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Measure a run's model again; prints every metric, and writes them with ``--output FILE.json``."""
+    arguments, output = take_option(arguments, "output")
+    saved = open_run(command, arguments)
+    data = prepared_like(saved, keep_splits=not any(a.startswith("--data.") for a in arguments))
+    split = "test" if command == "test" else "val"
+    found = measure(saved.settings, saved.task, data, split)
+    if Launch().first:
+        rows = [[*key.split("/")[::2], f"{value:.4f}"] for key, value in sorted(found.items())]
+        print_table(f"{saved.checkpoint}, {split} splits", ["domain", "metric", "value"], rows, 2)
+        if output is not None:
+            write_json(output, found)
+    return 0
+
+
+def prepared_like(saved: Saved, keep_splits: bool) -> DomainData:
+    """The run's data, with its splits and its label names.
+
+    Raises:
+        ConfigError: the data's domains are not those of the run.
+    """
+    domains = saved.task.domains
+    spaces = {d.space for d in domains}
+    config: Any = saved.settings.config.data
+    if len(spaces) == 1 and domains[0].kind != "regression":
+        config.labels = list(domains[0].labels)
+        config.kind = domains[0].kind
+    data: DomainData = saved.settings.build("data").data
+    if keep_splits and saved.folder.splits.is_file():
+        data.use_manifest(read_json(saved.folder.splits))
+    data.prepare()
+    if [(d.name, d.space) for d in data.domains] != [(d.name, d.space) for d in domains]:
+        raise ConfigError(
+            f"data: the domains {[d.name for d in data.domains]} with their labels are not the run's "
+            f"({[d.name for d in domains]}); give data of those, or start a run with --init {saved.folder.path}"
+        )
+    return data

@@ -1,0 +1,59 @@
+"""The help texts of the commands that need no parser for them; printed before anything heavy is imported."""
+
+__all__ = ["COMMANDS", "HELP", "USAGE"]
+
+COMMANDS = {
+    "fit": ("legs", "train a run: the source first where the config says so, then the target"),
+    "resume": ("legs", "continue a run from its folder, to the same bits"),
+    "test": ("evaluate", "measure a run's model on the test splits"),
+    "validate": ("evaluate", "measure a run's model on the validation splits"),
+    "predict": ("predict", "write predictions for files, a folder or a table as CSV or Parquet"),
+    "export": ("export", "write a run's backbone as a plain timm state or a transformers folder"),
+    "inspect": ("inspect", "print the stages of a config's model, with parameter counts"),
+    "list": ("list", "list the methods, backbones or tasks, with the paper each"),
+    "compare": ("compare", "put runs side by side: gain and retention with confidence intervals"),
+}
+"""Each command's module, and what it is for."""
+
+USAGE = """usage: crossft COMMAND [ARGUMENTS]      (crossft COMMAND --help explains a command)
+
+Fine-tune pretrained vision and text models across named domains, with every method a switch,
+and the gain on the target and the retention on the source always measured.
+
+commands:
+{commands}
+
+first steps:
+  crossft fit --config configs/vision/domains.yaml --data.root DIR --data.source photo --data.target sketch
+  crossft fit --config configs/text/domains.yaml   --data.root DIR --data.source books --data.target kitchen
+DIR holds one folder (DOMAIN/CLASS/image) or one file (DOMAIN.csv|tsv|jsonl|parquet) a domain.
+"""
+
+_MEASURE = """usage: crossft {0} RUN [--output FILE.json] [--data.root DIR] [--KEY VALUE ...]
+
+Measure the model of a run, or of a checkpoint inside one, on the {1} splits of its domains.
+Settings come from the run's config.yaml; a flag wins over it."""
+
+HELP = {
+    "resume": """usage: crossft resume RUN [--allow PACKAGE]
+
+Continue an unfinished run from its latest valid checkpoint, to the same bits, with its own config.
+A run whose source was still being fitted continues there.
+--allow PACKAGE lets its config name classes of one more package; it is asked for again at every resume.""",
+    "test": _MEASURE.format("test", "test"),
+    "validate": _MEASURE.format("validate", "validation"),
+    "predict": """usage: crossft predict RUN --data.inputs FILE|FOLDER|TABLE ... --output OUT.csv|OUT.parquet [FLAGS]
+
+Predict files with a run's model: one row an image file, or one row a line of a table, in the order given.
+Columns: input, predicted, and one probability a label (p_LABEL); for regression input and predicted.""",
+    "export": """usage: crossft export RUN --to timm|hf FOLDER
+
+Write a run's model in a form that needs no crossft.
+--to timm: model.safetensors and config.json, for timm.create_model("local-dir:FOLDER").
+--to hf: a save_pretrained folder with its tokenizer, for transformers.AutoModel.from_pretrained(FOLDER).
+The heads lie beside it: heads.safetensors (HEAD.weight [k, d], HEAD.bias [k]) and heads.json (label names).""",
+    "inspect": """usage: crossft inspect --config FILE [--KEY VALUE ...]
+
+Print the stages of a config's model, input to output: parameters, how many of them train, buffers.
+The data is not read.""",
+}
