@@ -126,7 +126,7 @@ def _progress(results: Iterator[Seen], total: int, place: str) -> Iterator[Itera
         yield results
         return
     console = Console(stderr=True)
-    yield iter(track(results, f"Checking {Path(place).name}", total=total, console=console, transient=True))
+    yield iter(track(results, f"Checking {Path(place).name}", total=total, console=console))
 
 
 def _fresh(path: str, seen: Seen | None, verify: Verify) -> bool:

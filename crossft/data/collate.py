@@ -19,7 +19,7 @@ __all__ = ["Collate"]
 
 @dataclass(eq=False)
 class Collate:
-    """Stack items into a batch; texts are padded to the longest of the batch.
+    """Stack items into a batch; texts are padded to the longest of the batch, postponed inputs are left out.
 
     Args:
         tokens: where padding is defined; None for images.
@@ -30,10 +30,8 @@ class Collate:
     def __call__(self, items: Sequence[Item]) -> Batch:
         """One batch of these rows, in their order; targets of unlabeled and padding rows are blank."""
         info = items[0].key.info
-        values: list[Any] = [item.value for item in items]
-        inputs = {"pixel_values": torch.stack(values)} if self.tokens is None else pad(values, self.tokens)
         return Batch(
-            inputs=inputs,
+            inputs={} if items[0].value is None else self.inputs([item.value for item in items]),
             targets=_targets(items),
             labeled=torch.tensor([item.labeled for item in items]),
             domains=torch.tensor([item.key.domain for item in items]),
@@ -41,7 +39,14 @@ class Collate:
             quota=info.quota,
             labeled_quota=info.labeled_quota,
             step=info.step,
+            keys=tuple(item.key for item in items),
         )
+
+    def inputs(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        """What the backbone takes, of these rows."""
+        if self.tokens is None:
+            return {"pixel_values": torch.stack(list(values))}
+        return pad(values, self.tokens)
 
 
 def _targets(items: Sequence[Item]) -> Tensor:

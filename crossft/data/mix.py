@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from crossft.data.prepare import Prepared, first_rows
 from crossft.data.sampler import Pool, quotas
 from crossft.errors import ConfigError
-from crossft.types import Role
+from crossft.types import Domain, Role
 
-__all__ = ["Balance", "pools"]
+__all__ = ["Balance", "leader_of", "pools"]
 
 Balance = Literal["none", "class", "domain"]
 
@@ -131,3 +131,17 @@ def _pool(
     name = f"{p.domain.name}/{'labeled' if labeled else 'unlabeled'}"
     own = None if lengths is None or classes is not None else lengths[start + rows]
     return Pool(name, number, labeled, start + rows, quota, classes, own)
+
+
+def leader_of(epoch: str, domains: Sequence[Domain], mixed: Sequence[Pool]) -> str | int:
+    """``longest``, ``shortest``, or the id of the domain whose pass makes an epoch.
+
+    Raises:
+        ConfigError: the domain is not in the training mix.
+    """
+    names = {domains[p.domain].name: p.domain for p in mixed}
+    if epoch in names or epoch in ("longest", "shortest"):
+        return names.get(epoch, epoch)
+    raise ConfigError(
+        f"data.epoch={epoch!r} is not in the training mix; allowed: {', '.join(['longest', 'shortest', *names])}"
+    )

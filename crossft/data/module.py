@@ -17,7 +17,7 @@ from crossft.data.dataset import InOrder, Item, Rows
 from crossft.data.images import Augment
 from crossft.data.inputs import read_inputs
 from crossft.data.loader import TrainLoader, eval_loaders, make_loader, place
-from crossft.data.mix import Balance, pools
+from crossft.data.mix import Balance, leader_of, pools
 from crossft.data.prepare import Options, Prepared, Splitting, first_rows, prepare
 from crossft.data.readers import Auto, Reader
 from crossft.data.sampler import Order, Pool, StepSampler
@@ -277,9 +277,9 @@ class DomainData(pl.LightningDataModule):
         """The order of the training rows for the trainer's processes and accumulation (1 and 1 without a trainer)."""
         world = 1 if self.trainer is None else self.trainer.world_size
         accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        names = [d.name for d in self.domains]
-        epoch = names.index(self.epoch) if self.epoch in names else self.epoch
-        return Order(self.pools(), len(names), world, accumulation, self.seed, self.length_window or 1, epoch)
+        mixed = self.pools()
+        epoch = leader_of(self.epoch, self.domains, mixed)
+        return Order(mixed, len(self.domains), world, accumulation, self.seed, self.length_window or 1, epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -357,9 +357,10 @@ class DomainData(pl.LightningDataModule):
         return self._eval_loaders("test")
 
     def _eval_loaders(self, split: str) -> list[DataLoader[Item]]:
+        rank, world = place(self.trainer)
         starts = first_rows(self.prepared)
         rows = [(number, start + p.rows(split)) for number, (p, start) in enumerate(zip(self.prepared, starts))]
-        return eval_loaders(self.dataset, rows, self.eval_batch_size, self.num_workers, *place(self.trainer))
+        return eval_loaders(self.dataset, rows, self.eval_batch_size, self.num_workers, rank, world)
 
     def predict_dataloader(self) -> DataLoader[Item]:
         """One loader over ``inputs``, in their order.
@@ -368,7 +369,7 @@ class DomainData(pl.LightningDataModule):
             ConfigError: ``inputs`` is not set.
         """
         rows = self._rows([self.predicted])
-        return DataLoader(InOrder(rows), self.eval_batch_size, collate_fn=Collate(rows.tokens))
+        return DataLoader(InOrder(rows), batch_size=self.eval_batch_size, collate_fn=Collate(rows.tokens))
 
     @property
     def predicted(self) -> Prepared:

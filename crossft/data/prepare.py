@@ -372,20 +372,18 @@ def _budget(draft: Draft, domain: Domain, options: Options) -> NDArray[np.bool_]
 
 
 def _check_splits(done: Prepared, options: Options, few: bool) -> None:
-    name = done.domain.name
-    for part, split in enumerate(sp.SPLITS):
-        rows = done.rows(split)
-        if not len(rows):
-            if options.splits[part] > 0 and not (split != "test" and done.domain.role == "eval"):
-                raise SplitError(
-                    f"the {split} split of domain {name!r} is empty ({len(done.ids)} rows in all); add rows, or change "
-                    f"data.splits={list(options.splits)}"
-                )
-            continue
-        if done.domain.kind != "multiclass" or done.unlabeled or (few and split == "val"):
-            continue
-        classes = np.unique(done.targets[rows][done.labeled[rows]])
-        if len(classes) == 1:
+    name, role = done.domain.name, done.domain.role
+    for split, share in zip(sp.SPLITS, options.splits):
+        if share > 0 and not len(done.rows(split)) and (split == "test" or role != "eval"):
+            raise SplitError(
+                f"the {split} split of domain {name!r} is empty ({len(done.ids)} rows in all); add rows, or change "
+                f"data.splits={list(options.splits)}"
+            )
+    if done.domain.kind != "multiclass" or done.unlabeled:
+        return
+    for split in sp.SPLITS:
+        classes = np.unique(done.known(split))
+        if len(classes) == 1 and not (few and split == "val"):
             raise SplitError(
                 f"the {split} split of domain {name!r} holds the single class "
                 f"{done.domain.labels[int(classes[0])]!r}; add rows of another class, or change data.split"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ class TableFile(Reader):
             if path.suffix == ".parquet":
                 return pd.read_parquet(path)
             if path.suffix == ".jsonl":
-                return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+                return _json_lines(path)
             return pd.read_csv(
                 path,
                 sep=self.separator or ("\t" if path.suffix == ".tsv" else ","),
@@ -156,10 +157,25 @@ class TableFile(Reader):
                 keep_default_na=False,
                 na_values=[""],
             )
+        except DataError:
+            raise
         except pd.errors.EmptyDataError as error:
             raise DataError(f"{path}: no rows") from error
         except (ValueError, OSError, UnicodeError, pd.errors.ParserError) as error:
             raise DataError(f"{path}: cannot be read as {path.suffix[1:] or 'text'}: {error}") from error
+
+
+def _json_lines(path: Path) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}: row {number} is not JSON: {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise DataError(f"{path}: row {number} is not a JSON object of columns")
+    return pd.DataFrame(rows)
 
 
 def table_of(frame: pd.DataFrame, path: Path, columns: Columns) -> Table:
