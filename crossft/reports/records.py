@@ -100,10 +100,10 @@ def leaves(records: pd.DataFrame) -> pd.DataFrame:
 def groups(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Runs that may be compared: those of one experiment, source and target. Yields a title and the runs.
 
-    Unreadable runs know their folder only; they go with the first group of their experiment.
+    Runs that failed before their domains were known, or cannot be read, go with the first group of their experiment.
     """
     for experiment, runs in records.groupby("experiment", sort=False):
-        lost = runs["status"] == "unreadable"
+        lost = (runs["source"] == "") & (runs["target"] == "")
         first = True
         for (source, target), some in runs[~lost].groupby(["source", "target"], sort=False):
             title = f"{experiment}: {source or 'source'} → {target or 'target'}"

@@ -1,3 +1,4 @@
+import json
 import time
 from pathlib import Path
 
@@ -58,11 +59,12 @@ def test_groups_and_headline(tmp_path: Path) -> None:
     write_run(tmp_path / "pacs", "other", 0, domains={"source": ["photo"], "target": ["art"]})
     broken = RunFolder.create(tmp_path / "pacs" / "z")
     broken.summary_file.write_text("")
+    RunFolder.create(tmp_path / "pacs" / "y", arm="failed early").write_summary(status="failed")
     write_run(tmp_path / "digits", "full", 0)
     found = {title: list(runs["arm"]) for title, runs in groups(read_records([tmp_path]))}
     assert found == {
         "digits: photo → sketch": ["full"],
-        "pacs: photo → sketch": ["full", "z"],
+        "pacs: photo → sketch": ["full", "failed early", "z"],
         "pacs: photo → art": ["other"],
     }
     records = read_records([tmp_path / "pacs"])
@@ -107,7 +109,7 @@ def test_500_folders_in_under_3_seconds(tmp_path: Path) -> None:
     for i in range(500):
         folder = tmp_path / "many" / f"a-s{i}"
         (folder / "checkpoints").mkdir(parents=True)
-        write_json(folder / "summary.json", {**summary, "seed": i})
+        (folder / "summary.json").write_text(json.dumps({**summary, "seed": i}))
     start = time.perf_counter()
     assert len(read_records([tmp_path / "many"])) == 500
     assert time.perf_counter() - start < 3
