@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ __all__ = [
     "HasBackbone",
     "ImageSpec",
     "Kind",
+    "LateInputs",
     "LossTerm",
     "Role",
     "Stage",
@@ -78,6 +79,43 @@ def head_of(domains: Sequence[Domain]) -> dict[str, str]:
     return {domain.name: first[domain.space] for domain in domains}
 
 
+class LateInputs(Mapping[str, Tensor]):
+    """Inputs of a batch that are loaded when somebody first reads them.
+
+    Args:
+        load: returns the inputs of the rows at these positions of the batch.
+        rows: number of rows of the batch.
+    """
+
+    def __init__(self, load: Callable[[Sequence[int]], dict[str, Tensor]], rows: int) -> None:
+        self._load, self._rows = load, rows
+        self._loaded: dict[str, Tensor] | None = None
+
+    def take(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Inputs of some rows; the others are not loaded."""
+        if self._loaded is None:
+            return self._load(positions)
+        return {k: v[list(positions)] for k, v in self._loaded.items()}
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> LateInputs:
+        """The same inputs with ``fn`` applied to each tensor when it is loaded."""
+        return LateInputs(lambda positions: {k: fn(v) for k, v in self.take(positions).items()}, self._rows)
+
+    def _all(self) -> dict[str, Tensor]:
+        if self._loaded is None:
+            self._loaded = self._load(range(self._rows))
+        return self._loaded
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._all()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
 @dataclass(eq=False)
 class Batch:
     """One micro-batch of one process: rows of all domains together.
@@ -95,9 +133,10 @@ class Batch:
             processes (so exact in a ragged step too); denominators of per-domain means. [len(domains)]
         labeled_quota: the same for labeled rows of all domains together.
         step: the optimizer step this batch belongs to, counted from 0 over the whole fit; -1 in evaluation.
+        keys: where each row comes from, as the data module names it; empty in a batch made in another way.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
     targets: Tensor
     labeled: Tensor
     domains: Tensor
@@ -105,14 +144,16 @@ class Batch:
     quota: tuple[float, ...] = ()
     labeled_quota: float = 0.0
     step: int = -1
+    keys: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.domains)
 
     def _apply(self, fn: Any) -> Batch:
+        inputs = self.inputs
         return replace(
             self,
-            inputs={k: fn(v) for k, v in self.inputs.items()},
+            inputs=inputs.mapped(fn) if isinstance(inputs, LateInputs) else {k: fn(v) for k, v in inputs.items()},
             targets=fn(self.targets),
             labeled=fn(self.labeled),
             domains=fn(self.domains),
@@ -120,7 +161,9 @@ class Batch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch on ``device``."""
+        """Return the batch on ``device``: a new one, or itself where it is there already."""
+        if self.domains.device == torch.device(device):
+            return self
         return self._apply(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

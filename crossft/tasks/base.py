@@ -25,6 +25,10 @@ __all__ = ["Task"]
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
+def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
+    return torch.optim.AdamW(groups, lr=3e-4, fused=True)
+
+
 class Task(LightningModule):
     """Backbone + heads + task loss + metrics; methods attach loss terms and weight penalties to it.
 
@@ -74,10 +78,13 @@ class Task(LightningModule):
             key = self.head_keys[domain.name]
             if key not in self.heads:
                 self.heads[key] = self.build_head(backbone.num_features, domain, head_dropout)
+        # The first domain of each label space stands for it.
+        self._spaces = {k: next(d for d in self.domains if self.head_keys[d.name] == k) for k in self.heads}
+        self._roles = tuple(d.role for d in self.domains)
         self.trained_heads: frozenset[str] = frozenset(self.heads)
         self.attachments = Attachments()
         self.evaluation = Evaluation(self.domains)
-        self._make_optimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=3e-4))
+        self._make_optimizer = optimizer or _default_optimizer
         self._schedule = schedule or Constant()
         self._head_multiplier = head_multiplier
         self._layer_decay = layer_decay
@@ -98,8 +105,11 @@ class Task(LightningModule):
         return nn.Sequential(nn.Dropout(dropout), nn.Linear(num_features, len(domain.labels)))
 
     @abstractmethod
-    def per_sample_loss(self, logits: Tensor, targets: Tensor, domain: Domain) -> Tensor:
-        """Task loss of each row, [b], for logits [b, k] of one label space and clean targets (no NaN, no -1)."""
+    def per_sample_loss(self, logits: Tensor, targets: Tensor, rows: Tensor, domain: Domain) -> Tensor:
+        """Task loss [b] under one label space's logits [b, k]: of the marked ``rows`` [b], and 0 for the others.
+
+        Targets of other rows may be anything (-1, NaN, an index of another space) and must not reach a gradient.
+        """
 
     @abstractmethod
     def predictions(self, logits: Tensor) -> Tensor:
@@ -133,23 +143,23 @@ class Task(LightningModule):
             logits=logits,
             per_sample_loss=self._row_losses(logits, batch),
             progress=self.progress if self.training else 0.0,
-            roles=tuple(d.role for d in self.domains),
+            roles=self._roles,
         )
 
     def _row_losses(self, logits: dict[str, Tensor], batch: Batch) -> Tensor:
         """[b] task loss of each labeled row under the head of its own label space, 0 elsewhere."""
+        if len(self._spaces) == 1:
+            ((key, domain),) = self._spaces.items()
+            return self.per_sample_loss(logits[key], batch.targets, batch.labeled, domain).float()
         total = torch.zeros(len(batch), device=batch.domains.device)
-        for key in self.heads:
-            ids = [i for i, d in enumerate(self.domains) if self.head_keys[d.name] == key]
-            rows = batch.labeled & torch.isin(batch.domains, torch.tensor(ids, device=batch.domains.device))
-            domain = self.domains[ids[0]]
-            keep = rows if batch.targets.ndim == 1 else rows.unsqueeze(1)
-            clean = torch.where(keep, batch.targets, torch.zeros_like(batch.targets))
-            if domain.kind == "multiclass":
-                clean = clean.clamp(max=len(domain.labels) - 1)  # rows of another space, masked out below
-            losses = self.per_sample_loss(logits[key], clean, domain).float()
-            total = total + torch.where(rows, losses, torch.zeros_like(losses))
+        for key, domain in self._spaces.items():
+            rows = batch.labeled & torch.isin(batch.domains, self._head_ids(key, batch.domains.device))
+            total = total + self.per_sample_loss(logits[key], batch.targets, rows, domain).float()
         return total
+
+    def _head_ids(self, key: str, device: torch.device) -> Tensor:
+        ids = [i for i, d in enumerate(self.domains) if self.head_keys[d.name] == key]
+        return torch.tensor(ids, device=device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss plus every attached term times its weight; terms sum in name order."""
@@ -306,8 +316,19 @@ class Task(LightningModule):
             layer_decay=self._layer_decay,
         )
         optimizer = self._make_optimizer(groups)
-        total = int(self.trainer.estimated_stepping_batches)
-        self._total_steps = total
+        if getattr(self.trainer.precision_plugin, "scaler", None) and getattr(
+            optimizer, "_step_supports_amp_scaling", False
+        ):
+            if self._make_optimizer is not _default_optimizer:
+                raise ConfigError(
+                    "model.optimizer with fused=true unscales gradients by itself under fp16, after penalties and "
+                    "clipping have seen them scaled; set fused: false, or trainer.precision to bf16-mixed"
+                )
+            optimizer = torch.optim.AdamW(groups, lr=3e-4)
+        self._total_steps = int(self.trainer.estimated_stepping_batches)
+        if type(self._schedule) is Constant and not self._schedule.warmup:
+            return optimizer
+        total = self._total_steps
         scheduler = LambdaLR(optimizer, lambda step: self._schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

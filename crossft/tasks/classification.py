@@ -68,14 +68,17 @@ class Classification(Task):
             total, k = sum(counts), len(counts)
             self._set_weights([total / (k * n) if n else 0.0 for n in counts])
 
-    def per_sample_loss(self, logits: Tensor, targets: Tensor, domain: Domain) -> Tensor:
+    def per_sample_loss(self, logits: Tensor, targets: Tensor, rows: Tensor, domain: Domain) -> Tensor:
         """Cross-entropy of each row, [b]; for multilabel the mean over labels of the binary cross-entropy."""
         weights = self._weights if self._weights is not None and len(self._weights) == logits.shape[1] else None
         if domain.kind == "multilabel":
-            smooth = targets * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
-            return F.binary_cross_entropy_with_logits(logits, smooth, weight=weights, reduction="none").mean(1)
-        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
-        return losses if weights is None else losses * weights[targets]
+            clean = targets.masked_fill(~rows.unsqueeze(1), 0.0)
+            smooth = clean * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
+            losses = F.binary_cross_entropy_with_logits(logits, smooth, weight=weights, reduction="none").mean(1)
+            return losses.masked_fill(~rows, 0.0)
+        clean = targets.masked_fill(~rows, -1)
+        losses = F.cross_entropy(logits, clean, reduction="none", ignore_index=-1, label_smoothing=self.label_smoothing)
+        return losses if weights is None else losses * weights[clean.clamp(min=0)]
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Probabilities [b, k]."""

@@ -63,9 +63,11 @@ class Regression(Task):
             self.label_scale.fill_(scale or 1.0)
             self.label_known.fill_(True)
 
-    def per_sample_loss(self, logits: Tensor, targets: Tensor, domain: Domain) -> Tensor:
+    def per_sample_loss(self, logits: Tensor, targets: Tensor, rows: Tensor, domain: Domain) -> Tensor:
         """Loss of each row in standard units, [b]."""
-        return self.loss(logits[:, 0], (targets - self.label_mean) / self.label_scale, reduction="none")
+        clean = targets.masked_fill(~rows, 0.0)
+        losses = self.loss(logits[:, 0], (clean - self.label_mean) / self.label_scale, reduction="none")
+        return losses.masked_fill(~rows, 0.0)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Values [b] in the label's own units."""

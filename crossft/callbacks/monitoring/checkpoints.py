@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,34 +27,39 @@ __all__ = ["Checkpoints"]
 class Checkpoints(Checkpoint):
     """Writes ``checkpoints/step-N.ckpt``, and ``last.ckpt`` and ``best.ckpt`` as further names of them.
 
-    A save happens at the end of every epoch, after validation, and every ``every_n_steps`` optimizer steps in
+    A save happens at the end of every epoch, after validation, and every ``every_minutes`` or ``every_n_steps`` in
     between; on SIGTERM at the next such boundary, on all processes together. It holds every process's RNG.
     Use it with ``AtomicCheckpointIO`` among the trainer's plugins.
 
     Args:
         folder: the run folder.
-        every_n_steps: optimizer steps between saves within an epoch; None saves at epoch ends only.
+        every_minutes: minutes between saves within an epoch, on the first process's clock; None: never by time.
+        every_n_steps: optimizer steps between saves within an epoch; None: never by count.
         keep: number of step checkpoints kept; the newest valid one is what a resume takes.
         monitor: validation metric that ``best.ckpt`` maximizes or minimizes; None keeps no best.
         mode: ``max`` or ``min``.
 
     Raises:
-        ConfigError: ``every_n_steps`` or ``keep`` below 1.
+        ConfigError: ``every_n_steps`` or ``keep`` below 1, or ``every_minutes`` not positive.
     """
 
     def __init__(
         self,
         folder: Path | str,
-        every_n_steps: int | None = 100,
+        every_minutes: float | None = 10.0,
+        every_n_steps: int | None = None,
         keep: int = 2,
         monitor: str | None = None,
         mode: str = "max",
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"every_n_steps={every_n_steps} must be at least 1; null saves at epoch ends only")
+        if every_minutes is not None and every_minutes <= 0:
+            raise ConfigError(f"every_minutes={every_minutes} must be positive; null never saves by time")
         if keep < 1:
             raise ConfigError(f"keep={keep} must be at least 1: a resume needs a checkpoint")
         self.folder = RunFolder(folder)
+        self.every_minutes, self._saved_at = every_minutes, time.monotonic()
         self.every_n_steps, self.keep, self.monitor, self.mode = every_n_steps, keep, monitor, mode
         self.best_score: float | None = None
         self.saved_step = -1
@@ -87,11 +93,18 @@ class Checkpoints(Checkpoint):
         """Save when due; at the last batch, or before a validation, the save waits until that is done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or self._ends_epoch(trainer, batch_idx):
             return
-        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        terminated = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
-        if due or terminated:
+        wanted = self._terminated or (trainer.is_global_zero and self._due(trainer.global_step))
+        if trainer.strategy.reduce_boolean_decision(wanted, all=False):
             self._save(trainer)
-        if terminated:
+            self._stop_if_terminated(trainer)
+
+    def _due(self, step: int) -> bool:
+        by_count = self.every_n_steps is not None and step % self.every_n_steps == 0
+        by_time = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        return by_count or by_time
+
+    def _stop_if_terminated(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
             raise Interrupted(f"stopped by SIGTERM at optimizer step {trainer.global_step}, after saving")
 
     @staticmethod
@@ -103,8 +116,7 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after validation and after all other callbacks."""
         self._save(trainer, best=True)
-        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
-            raise Interrupted(f"stopped by SIGTERM at optimizer step {trainer.global_step}, after saving")
+        self._stop_if_terminated(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what a fit that stopped within an epoch has reached."""
@@ -128,6 +140,7 @@ class Checkpoints(Checkpoint):
             if improved:
                 publish(path, "best.ckpt")
             self._prune(trainer)
+        self._saved_at = time.monotonic()
         trainer.strategy.barrier("crossft checkpoint")
 
     def _score(self, trainer: Trainer) -> float | None:
