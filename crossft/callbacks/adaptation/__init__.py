@@ -1,5 +1,6 @@
 """Methods of this axis, one file each."""
 
+from crossft.callbacks.adaptation.cdan import CDAN
 from crossft.callbacks.adaptation.dann import DANN
 
-__all__ = ["DANN"]
+__all__ = ["CDAN", "DANN"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-
+from crossft.callbacks.adaptation.discriminator import check_hidden, discriminator, discriminator_classes, domain_loss
+from crossft.callbacks.adaptation.features import Layer, layer_of, width_of
+from crossft.callbacks.adaptation.roles import Ids
 from crossft.callbacks.base import MethodCallback
-from crossft.errors import ConfigError
 from crossft.functional import adversarial_strength, reverse_gradient
 from crossft.tasks import Task
 from crossft.types import HasBackbone, LossTerm, StepOutput
@@ -23,34 +22,36 @@ class DomainAdversarial(LossTerm):
     The loss is the mean of the per-domain means, so domains of unequal size count alike.
 
     Args:
-        num_features: width d of the features.
+        num_features: width d of what the discriminator reads.
         classes: domain ids of each discriminator class.
         hidden: width of the two hidden layers.
         gamma: steepness of the schedule of lambda over total progress.
+        layer: what the discriminator reads; default the pooled features.
+        tokens: judge every token or spatial position instead of their mean.
     """
 
-    def __init__(self, num_features: int, classes: list[tuple[int, ...]], hidden: int, gamma: float) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        classes: list[Ids],
+        hidden: int,
+        gamma: float,
+        layer: Layer | None = None,
+        tokens: bool = False,
+    ) -> None:
         super().__init__()
-        self.classes, self.gamma = classes, gamma
-        self.discriminator = nn.Sequential(
-            nn.Linear(num_features, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, len(classes)),
-        )
+        self.classes, self.gamma, self.tokens = classes, gamma, tokens
+        self.layer = layer or Layer("features")
+        self.needs_stages = self.layer.stage
+        self.discriminator = discriminator(num_features, hidden, len(classes))
         self._last: dict[str, Tensor] = {}
 
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
         """Mean over the discriminator's classes of the mean cross-entropy of their rows; a scalar."""
         strength = adversarial_strength(step.progress, self.gamma)
-        logits = self.discriminator(reverse_gradient(step.features, strength)).float()
-        loss = logits.sum() * 0.0
-        right = loss.detach()
-        for index, ids in enumerate(self.classes):
-            labels = step.batch.domains.new_full((len(logits),), index)
-            loss = loss + step.mean(F.cross_entropy(logits, labels, reduction="none"), ids) / len(self.classes)
-            right = right + step.mean((logits.argmax(1) == index).float(), ids) / len(self.classes)
+        value, mask = self.layer.tokens(step) if self.tokens else (self.layer.rows(step), None)
+        logits = self.discriminator(reverse_gradient(value, strength))
+        loss, right = domain_loss(step, logits, self.classes, mask=mask)
         self._last = {"accuracy": right, "strength": right.new_tensor(strength)}
         return loss
 
@@ -70,23 +71,33 @@ class DANN(MethodCallback):
         hidden: width of the discriminator's hidden layers (1024 in the paper's appendix for images).
         gamma: steepness of the schedule (10 in section 5.2.2).
         multi: one discriminator class a domain instead of source against target.
+        layer: ``features`` (what the head reads, as in the paper), or the name of a stage.
+        tokens: judge every token or spatial position on its own; a row's loss is the mean over its real tokens.
+
+    Raises:
+        ConfigError: ``hidden`` below 1.
+        StageError: ``layer`` is not a stage that the backbone can capture.
     """
 
     needs_source = "unlabeled"
     needs_target = "unlabeled"
 
-    def __init__(self, weight: float = 1.0, hidden: int = 1024, gamma: float = 10.0, multi: bool = False) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        hidden: int = 1024,
+        gamma: float = 10.0,
+        multi: bool = False,
+        layer: str = "features",
+        tokens: bool = False,
+    ) -> None:
         super().__init__(weight)
-        if hidden < 1:
-            raise ConfigError(f"hidden={hidden} must be at least 1: the width of the discriminator's hidden layers")
-        self.hidden, self.gamma, self.multi = hidden, gamma, multi
+        check_hidden(hidden)
+        self.hidden, self.gamma, self.multi, self.layer, self.tokens = hidden, gamma, multi, layer, tokens
 
     def build(self, task: Task) -> LossTerm:
         """Build the discriminator over the task's source and target domains."""
-        ids: dict[Any, list[int]] = {"source": [], "target": []}
-        for i, domain in enumerate(task.domains):
-            if domain.role in ids:
-                ids[domain.role].append(i)
-        groups = [[i] for role in ids.values() for i in role] if self.multi else list(ids.values())
-        classes = [tuple(group) for group in groups]
-        return DomainAdversarial(task.backbone.num_features, classes, self.hidden, self.gamma)
+        layer = layer_of(task, self.layer, allowed=("features",))
+        classes = discriminator_classes(task, self.multi)
+        width = width_of(task, layer, self.tokens)
+        return DomainAdversarial(width, classes, self.hidden, self.gamma, layer, self.tokens)

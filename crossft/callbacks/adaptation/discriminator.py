@@ -1,0 +1,83 @@
+"""Domain discriminators, and the loss that adversarial methods share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crossft.callbacks.adaptation.roles import Ids, ids_of
+from crossft.errors import ConfigError
+from crossft.functional import upcast
+from crossft.tasks import Task
+from crossft.types import StepOutput
+
+__all__ = ["check_hidden", "discriminator", "discriminator_classes", "domain_loss"]
+
+
+def check_hidden(hidden: int) -> None:
+    """Refuse a width below 1.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if hidden < 1:
+        raise ConfigError(f"hidden={hidden} must be at least 1: the width of the hidden layers")
+
+
+def discriminator(num_features: int, hidden: int, classes: int) -> nn.Sequential:
+    """Two hidden layers with ReLU: [..., num_features] -> [..., classes]."""
+    return nn.Sequential(
+        nn.Linear(num_features, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def discriminator_classes(task: Task, multi: bool) -> list[Ids]:
+    """Domain ids of each class: source and target, or with ``multi`` every source and target domain on its own."""
+    roles = [ids_of(task, "source"), ids_of(task, "target")]
+    return [(i,) for ids in roles for i in ids] if multi else roles
+
+
+def domain_loss(
+    step: StepOutput,
+    logits: Tensor,
+    classes: list[Ids],
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the discriminator, and its accuracy; each class counts the same, whatever its rows.
+
+    Args:
+        step: the step.
+        logits: [b, k], or [b, n, k] where every token is judged: a row's value is then the mean over its tokens.
+        classes: domain ids of each of the k classes.
+        weights: [b] factors on the rows' losses, or None.
+        mask: [b, n] real tokens, or None.
+
+    Returns:
+        The mean over classes of the mean cross-entropy of their rows, and the same of the accuracy, detached.
+    """
+    logits = upcast(logits)
+    loss = logits.sum() * 0.0
+    right = loss.detach()
+    for index, ids in enumerate(classes):
+        labels = torch.full(logits.shape[:-1], index, device=logits.device)
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+        hits = (logits.detach().argmax(-1) == index).to(logits.dtype)
+        if logits.ndim == 3:
+            losses, hits = _over_tokens(losses, mask), _over_tokens(hits, mask)
+        loss = loss + step.mean(losses if weights is None else weights * losses, ids) / len(classes)
+        right = right + step.mean(hits, ids) / len(classes)
+    return loss, right
+
+
+def _over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """[b, n] to [b], the mean over real tokens."""
+    if mask is None:
+        return values.mean(1)
+    kept = torch.where(mask, values, torch.zeros_like(values))
+    return kept.sum(1) / mask.sum(1).clamp(min=1)
