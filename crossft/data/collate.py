@@ -23,9 +23,11 @@ class Collate:
 
     Args:
         tokens: where padding is defined; None for images.
+        keyed: whether batches carry the keys of their rows.
     """
 
     tokens: Tokens | None = None
+    keyed: bool = True
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         """One batch of these rows, in their order; targets of unlabeled and padding rows are blank."""
@@ -39,7 +41,7 @@ class Collate:
             quota=info.quota,
             labeled_quota=info.labeled_quota,
             step=info.step,
-            keys=tuple(item.key for item in items),
+            keys=tuple(item.key for item in items) if self.keyed else (),
         )
 
     def inputs(self, values: Sequence[Any]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from crossft.data.images import open_image
 from crossft.data.sampler import EVALUATION, Key
 from crossft.data.splits import digest
 from crossft.data.text import Tokens
+from crossft.errors import DataError
 
 __all__ = ["ImageCache", "InOrder", "Item", "Rows", "seeded"]
 
 
 @dataclass
 class Item:
-    """One row, ready to be collated: its input, target (a blank where unlabeled), and its key."""
+    """One row, ready to be collated: its input (None where postponed), target (a blank where unlabeled), its key."""
 
     value: Any
     target: Any
@@ -81,6 +83,11 @@ class Rows(Dataset[Item]):
         train, evaluate: image transforms of training and evaluation; None for text.
         tokens: token ids of all rows; None for images.
         cache: decoded images, or None.
+        views: training draws one of so many fixed augmentations of an image; None: a new one each time; 0: none.
+
+    Attributes:
+        postponed: [1 + views, n] by view and row (see `view_of`), in shared memory: where it is not 0 nobody is
+            expected to read the input, so it is loaded only when somebody does. None postpones nothing.
     """
 
     def __init__(
@@ -94,7 +101,10 @@ class Rows(Dataset[Item]):
         evaluate: Any = None,
         tokens: Tokens | None = None,
         cache: ImageCache | None = None,
+        views: int | None = None,
     ) -> None:
+        self.views = 0 if tokens is not None else views
+        self.postponed: Tensor | None = None
         self.inputs, self.targets, self.labeled, self.sample_ids = inputs, targets, labeled, sample_ids
         self.seed, self.train, self.evaluate, self.tokens, self.cache = seed, train, evaluate, tokens, cache
 
@@ -102,22 +112,59 @@ class Rows(Dataset[Item]):
         return len(self.sample_ids)
 
     def __getitem__(self, key: Key) -> Item:
+        return self._item(key, load=True)
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Item]:
+        """The rows of one batch; their inputs are left out where most of them are postponed."""
+        load = True
+        if self.postponed is not None:
+            views = [self.view_of(key) for key in keys]
+            load = None in views or 2 * int(self.postponed[views, [key.row for key in keys]].sum()) <= len(keys)
+        return [self._item(key, load) for key in keys]
+
+    def _item(self, key: Key, load: bool) -> Item:
         row = key.row
-        padding = key.domain < 0
-        labeled = bool(self.labeled[row]) and not padding
-        return Item(self.value(key), self.targets[row], labeled, int(self.sample_ids[row]), key)
+        labeled = bool(self.labeled[row]) and key.domain >= 0
+        return Item(self.value(key) if load else None, self.targets[row], labeled, int(self.sample_ids[row]), key)
+
+    def view_of(self, key: Key) -> int | None:
+        """Which of its row's fixed inputs a key asks for: 0 as in evaluation, 1 + i augmented, None: a new one."""
+        if self.views == 0 or key.info.step < 0:
+            return 0
+        return None if self.views is None else 1 + key.draw % self.views
+
+    def content(self, rows: slice, view: int) -> str:
+        """Hash (16 hex digits) over what a view of these rows is made of: samples, and token ids or the transform."""
+        state = blake2b(self.sample_ids[rows].tobytes(), digest_size=8)
+        if self.tokens is not None:
+            state.update(self.tokens.content(rows))
+        elif view == 0:
+            state.update(repr(self.evaluate).encode())
+        else:
+            state.update(repr((self.train, self.seed, view)).encode())
+        return state.hexdigest()
 
     def value(self, key: Key, view: int = 0) -> Any:
-        """The row's token arrays, or its transformed image [channels, h, w]."""
+        """The row's token arrays, or its transformed image [channels, h, w].
+
+        Raises:
+            DataError: an image that cannot be read (one that changed since it was checked, or ``verify=off``).
+        """
         if self.tokens is not None:
             return self.tokens.row(key.row)
         source = self.inputs[key.row]
-        image = open_image(source) if self.cache is None else self.cache.get(key.row, source)
+        try:
+            image = open_image(source) if self.cache is None else self.cache.get(key.row, source)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"{source}: unreadable image: {error}; check it before training with data.verify"
+            ) from error
         if isinstance(image, Tensor):
             return image
         if key.info is EVALUATION or key.info.step < 0:
             return self.evaluate(image)
-        with seeded(digest(self.seed, "augment", key.draw, self.sample_ids[key.row], view)):
+        draw = key.draw % self.views if self.views else key.draw
+        with seeded(digest(self.seed, "augment", draw, self.sample_ids[key.row], view)):
             return self.train(image)
 
 

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from crossft.data.collate import Collate
 from crossft.data.dataset import Item, Rows
-from crossft.data.sampler import EvalSampler
+from crossft.data.sampler import EvalSampler, Key
 from crossft.errors import ConfigError
+from crossft.types import Batch, LateInputs
 
-__all__ = ["TrainLoader", "eval_loaders", "make_loader", "place"]
+__all__ = ["Loader", "TrainLoader", "eval_loaders", "make_loader", "place"]
 
 
-class TrainLoader(DataLoader[Item]):
+class Loader(DataLoader[Item]):
+    """A loader whose batches load postponed inputs when somebody reads them."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Batches of this process."""
+        for batch in super().__iter__():
+            if not batch.inputs:
+                batch.inputs = LateInputs(partial(self._load, batch.keys), len(batch))
+            yield batch
+
+    def _load(self, keys: Sequence[Key], positions: Sequence[int]) -> dict[str, Tensor]:
+        rows, collate = self.dataset, self.collate_fn
+        assert isinstance(rows, Rows)
+        assert isinstance(collate, Collate)
+        return collate.inputs([rows.value(keys[i]) for i in positions])
+
+
+class TrainLoader(Loader):
     """A loader that can be resumed: its order is computed from the trainer's step, so there is nothing to restore."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,7 +70,7 @@ def eval_loaders(
     """One loader for each (domain id, dataset rows) that has rows."""
     collate = Collate(dataset.tokens)
     samplers = [EvalSampler(rows, number, batch_size, rank, world) for number, rows in parts if len(rows)]
-    return [make_loader(DataLoader, dataset, sampler, collate, workers) for sampler in samplers]
+    return [make_loader(Loader, dataset, sampler, collate, workers) for sampler in samplers]
 
 
 def place(trainer: Any) -> tuple[int, int]:

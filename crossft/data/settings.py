@@ -73,7 +73,7 @@ def check_settings(data: DomainData) -> None:
     for name in ("batch_size", "eval_batch_size"):
         if getattr(data, name) < 1:
             raise ConfigError(f"data.{name}={getattr(data, name)} must be at least 1")
-    for name in ("limit", "shots", "image_size", "max_length"):
+    for name in ("limit", "shots", "image_size", "max_length", "views"):
         value = getattr(data, name)
         if value is not None and value < 1:
             raise ConfigError(f"data.{name}={value} must be at least 1, or null for no such limit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,12 @@ class Tokens:
         """Tokens of each text [n]."""
         return np.diff(self.starts)
 
+    def content(self, rows: slice) -> bytes:
+        """All token ids, token types and lengths of some texts, as bytes."""
+        part = slice(int(self.starts[rows.start]), int(self.starts[rows.stop]))
+        types = b"" if self.types is None else self.types[part].tobytes()
+        return self.ids[part].tobytes() + types + self.lengths[rows].tobytes()
+
     def row(self, index: int) -> dict[str, NDArray[np.int32]]:
         """The token arrays of one text."""
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))
@@ -51,20 +58,22 @@ class Tokens:
 def tokenize(texts: Sequence[Any], spec: TextSpec, max_length: int | None = None, chunk: int = 4096) -> Tokens:
     """Tokenize strings or pairs of strings, truncated to the smaller of ``max_length`` and the backbone's own limit."""
     limit = spec.max_length if max_length is None else min(max_length, spec.max_length)
-    ids: list[Any] = []
-    types: list[Any] = []
+    ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
+    types: list[NDArray[np.int32]] = []
+    lengths: list[int] = [0]
     for start in range(0, len(texts), chunk):
         part = texts[start : start + chunk]
         pair = isinstance(part[0], tuple)
         first, second = ([t[0] for t in part], [t[1] for t in part]) if pair else (list(part), None)
         coded = spec.tokenizer(first, second, truncation=True, max_length=limit, padding=False)
-        ids += coded["input_ids"]
-        types += coded.get("token_type_ids", [])
-    starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+        ids.append(np.fromiter(chain.from_iterable(coded["input_ids"]), np.int32))
+        if "token_type_ids" in coded:
+            types.append(np.fromiter(chain.from_iterable(coded["token_type_ids"]), np.int32))
+        lengths += [len(row) for row in coded["input_ids"]]
     return Tokens(
-        np.array([t for i in ids for t in i], np.int32),
-        np.array([t for i in types for t in i], np.int32) if types else None,
-        starts,
+        np.concatenate(ids),
+        np.concatenate(types) if types else None,
+        np.cumsum(lengths, dtype=np.int64),
         spec.tokenizer.pad_token_id or 0,
         getattr(spec.tokenizer, "pad_token_type_id", 0) or 0,
         spec.tokenizer.padding_side == "left",

@@ -3,6 +3,14 @@
 Nothing here imports torch; ``docs/run-folder.md`` describes the files for other programs.
 """
 
+from crossft.runs.caches import (
+    StoredPrefix,
+    allocated,
+    cache_folder,
+    prefix_folder,
+    remove_prefixes,
+    stored_prefixes,
+)
 from crossft.runs.files import read_json, replacing, write_atomic, write_json
 from crossft.runs.folder import SCHEMA, RunFolder
 from crossft.runs.identity import config_hash, run_id, versions
@@ -14,14 +22,20 @@ __all__ = [
     "MetricRow",
     "MetricsCsv",
     "RunFolder",
+    "StoredPrefix",
+    "allocated",
+    "cache_folder",
     "config_hash",
     "gain",
     "higher_is_better",
+    "prefix_folder",
     "read_json",
     "read_metrics",
+    "remove_prefixes",
     "replacing",
     "retention",
     "run_id",
+    "stored_prefixes",
     "versions",
     "write_atomic",
     "write_json",
