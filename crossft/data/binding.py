@@ -16,7 +16,7 @@ from crossft.data.text import tokenize
 from crossft.errors import ConfigError
 from crossft.types import ImageSpec, TextSpec
 
-__all__ = ["make_rows"]
+__all__ = ["make_rows", "same_spec"]
 
 
 def make_rows(
@@ -25,6 +25,7 @@ def make_rows(
     *,
     seed: int = 0,
     augment: Augment = "none",
+    views: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
     cache_bytes: int = 0,
@@ -36,6 +37,7 @@ def make_rows(
         spec: the backbone's preprocessing.
         seed: of augmentation.
         augment: image augmentation in training.
+        views: fixed augmentations of each image; None: a new one each time.
         image_size: height and width of images; None for the backbone's.
         max_length: most tokens of a text; None for the backbone's.
         cache_bytes: decoded images kept in memory by each process.
@@ -55,4 +57,13 @@ def make_rows(
     if image_size is not None:
         spec = replace(spec, size=(image_size, image_size))
     cache = ImageCache(cache_bytes) if cache_bytes else None
-    return Rows(inputs, targets, labeled, ids, seed, train_transform(spec, augment), eval_transform(spec), cache=cache)
+    views = 0 if augment == "none" else views
+    train, evaluate = train_transform(spec, augment), eval_transform(spec)
+    return Rows(inputs, targets, labeled, ids, seed, train, evaluate, cache=cache, views=views)
+
+
+def same_spec(a: ImageSpec | TextSpec, b: ImageSpec | TextSpec) -> bool:
+    """Whether two specs preprocess alike."""
+    if isinstance(a, TextSpec) and isinstance(b, TextSpec):
+        return a.tokenizer is b.tokenizer and a.max_length == b.max_length
+    return a == b

@@ -10,15 +10,16 @@ import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import DataLoader
 
-from crossft.data.binding import make_rows
+from crossft.data.binding import make_rows, same_spec
 from crossft.data.checks import Verify
 from crossft.data.collate import Collate
 from crossft.data.dataset import InOrder, Item, Rows
+from crossft.data.drafts import Options, Splitting
 from crossft.data.images import Augment
 from crossft.data.inputs import read_inputs
 from crossft.data.loader import TrainLoader, eval_loaders, make_loader, place
 from crossft.data.mix import Balance, leader_of, pools
-from crossft.data.prepare import Options, Prepared, Splitting, first_rows, prepare
+from crossft.data.prepare import Prepared, first_rows, prepare
 from crossft.data.readers import Auto, Reader
 from crossft.data.sampler import Order, Pool, StepSampler
 from crossft.data.settings import check_settings, names_of_role, requested
@@ -84,6 +85,7 @@ class DomainData(pl.LightningDataModule):
         id_column: column that names rows in messages.
         augment: image augmentation: ``none``, ``light`` (random crop of 80 to 100 %), ``flip`` (and a horizontal
             flip), ``randaugment``, ``trivialaugment`` (each after ``flip``).
+        views: fixed augmentations of each image, drawn in turn. Default: a new one each time.
         image_size: height and width of images. Default: the backbone's.
         max_length: most tokens of a text. Default: the backbone's.
         length_window: optimizer steps whose texts are sorted by length together; 0 keeps the plain order.
@@ -139,6 +141,7 @@ class DomainData(pl.LightningDataModule):
         split_column: str | None = None,
         id_column: str | None = None,
         augment: Augment = "light",
+        views: int | None = None,
         image_size: int | None = None,
         max_length: int | None = None,
         length_window: int = 32,
@@ -159,7 +162,7 @@ class DomainData(pl.LightningDataModule):
         self.verify, self.on_error, self.max_bad = verify, on_error, max_bad
         self.reader, self.kind, self.labels = reader, kind, labels
         self.columns = Columns(text_column, pair_column, label_column, image_column, split_column, id_column, group)
-        self.augment, self.image_size, self.max_length = augment, image_size, max_length
+        self.augment, self.views, self.image_size, self.max_length = augment, views, image_size, max_length
         self.length_window, self.cache_images, self.num_workers = length_window, cache_images, num_workers
         self.quarantined: list[dict[str, str]] = []
         self._prepared: tuple[Prepared, ...] = ()
@@ -231,8 +234,8 @@ class DomainData(pl.LightningDataModule):
         self._manifest = {name: dict(splits) for name, splits in manifest.items()}
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row a domain for printing: name, role, kind, classes, rows and labels of each split, how it was split."""
-        return [describe(p) for p in self.prepared]
+        """One row a domain, for printing (see `crossft.data.summary.describe`)."""
+        return describe(self.prepared)
 
     def eval_domains(self, split: Literal["val", "test"]) -> list[str]:
         """Names of the domains that have rows in a split, in the order of that split's loaders."""
@@ -305,16 +308,16 @@ class DomainData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: `bind` to the preprocessing of the trainer's backbone, and make the dataset once."""
-        if self._spec is None:
-            assert self.trainer is not None
-            model: Any = self.trainer.lightning_module
+        model: Any = None if self.trainer is None else self.trainer.lightning_module
+        if model is not None:
             self.bind(model.backbone.input_spec)
         if stage != "predict":
             self.dataset  # noqa: B018
 
     def bind(self, spec: ImageSpec | TextSpec) -> None:
-        """Say what the backbone takes; `setup` does so where there is a trainer."""
-        self._spec, self._dataset = spec, None
+        """Say what the backbone takes, as `setup` does where there is a trainer; the same again changes nothing."""
+        if self._spec is None or not same_spec(spec, self._spec):
+            self._spec, self._dataset = spec, None
 
     @property
     def dataset(self) -> Rows:
@@ -329,11 +332,9 @@ class DomainData(pl.LightningDataModule):
 
     def _rows(self, parts: Sequence[Prepared]) -> Rows:
         if self._spec is None:
-            raise ConfigError(
-                "the data does not know the backbone's preprocessing; call bind(backbone.input_spec) first"
-            )
+            raise ConfigError("the data lacks the backbone's preprocessing; call bind(backbone.input_spec) first")
         return make_rows(
-            parts, self._spec, seed=self.seed, augment=self.augment, image_size=self.image_size,
+            parts, self._spec, seed=self.seed, augment=self.augment, views=self.views, image_size=self.image_size,
             max_length=self.max_length, cache_bytes=CACHE_BYTES // max(1, self.num_workers) if self.cache_images else 0,
         )  # fmt: skip
 
@@ -369,7 +370,7 @@ class DomainData(pl.LightningDataModule):
             ConfigError: ``inputs`` is not set.
         """
         rows = self._rows([self.predicted])
-        return DataLoader(InOrder(rows), batch_size=self.eval_batch_size, collate_fn=Collate(rows.tokens))
+        return DataLoader(InOrder(rows), batch_size=self.eval_batch_size, collate_fn=Collate(rows.tokens, False))
 
     @property
     def predicted(self) -> Prepared:

@@ -29,14 +29,22 @@ def fingerprint(prepared: Sequence[Prepared]) -> str:
     return state.hexdigest()
 
 
-def describe(p: Prepared) -> dict[str, Any]:
-    """Name, role, kind, number of classes, rows and labels of each split, and how it was split."""
-    row: dict[str, Any] = {"domain": p.domain.name, "role": p.domain.role, "kind": p.domain.kind}
-    row["classes"] = len(p.domain.labels)
-    for split in SPLITS:
-        rows = p.rows(split)
-        row[split], row[f"{split}_labels"] = len(rows), int(p.labeled[rows].sum())
-    return {**row, "split": p.note}
+def describe(prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+    """One row a domain: name, role, kind, number of classes, rows and labels of each split, and how it was split.
+
+    ``test_seen`` counts test rows whose content stands in the train split of another source or target domain.
+    """
+    out = []
+    for p in prepared:
+        row: dict[str, Any] = {"domain": p.domain.name, "role": p.domain.role, "kind": p.domain.kind}
+        row["classes"] = len(p.domain.labels)
+        for split in SPLITS:
+            rows = p.rows(split)
+            row[split], row[f"{split}_labels"] = len(rows), int(p.labeled[rows].sum())
+        others = [q.ids[q.rows("train")] for q in prepared if q is not p and q.domain.role != "eval"]
+        row["test_seen"] = int(np.isin(p.ids[p.rows("test")], np.concatenate(others)).sum()) if others else 0
+        out.append({**row, "split": p.note})
+    return out
 
 
 def class_counts(prepared: Sequence[Prepared]) -> list[int]:

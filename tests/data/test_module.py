@@ -12,7 +12,7 @@ from tiny import image_domains, text_domains
 from torch import Tensor
 
 from crossft.data import DomainData
-from crossft.errors import ConfigError, SplitError
+from crossft.errors import ConfigError, DataError, SplitError
 from crossft.types import Batch, TextSpec
 
 
@@ -341,3 +341,35 @@ def test_batches_move(images, image_spec):
     assert moved is not batch
     assert all(t.device.type == "meta" for t in tensors(moved))
     assert (moved.quota, moved.step) == (batch.quota, batch.step)
+
+
+def test_an_image_that_breaks_after_the_check_is_named(images, image_spec):
+    data = both(images, image_spec, num_workers=1)
+    data.prepare()
+    (images / "photo/cat/000.png").write_bytes(b"gone bad")
+    loaders = [data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
+    with pytest.raises(DataError, match=r"photo/cat/000\.png: unreadable image"):
+        [list(loader) for loader in loaders]
+
+
+def test_test_rows_that_another_domain_trains_on_are_counted(images, image_spec):
+    data = both(images, image_spec)
+    assert [r["test_seen"] for r in data.describe()] == [0, 0]
+    photo = data.prepared[0]
+    shutil.copy(photo.where[photo.rows("test")[0]], images / "sketch/cat/leak.png")
+    seen = [both(images, image_spec, split_seed=s).describe() for s in range(8)]
+    sketch = [both(images, image_spec, split_seed=s).prepared[1] for s in range(8)]
+    leaked = [next(int(p.split[i]) for i, w in enumerate(p.where) if w.endswith("leak.png")) for p in sketch]
+    photos = [both(images, image_spec, split_seed=s).prepared[0] for s in range(8)]
+    home = [int(p.split[p.ids == photo.ids[photo.rows("test")[0]]][0]) for p in photos]
+    expected = [[int((h, k) == (2, 0)), int((h, k) == (0, 2))] for h, k in zip(home, leaked)]
+    assert [[r["test_seen"] for r in rows] for rows in seen] == expected
+
+
+def test_binding_the_same_spec_again_keeps_the_tokens(texts, text_spec):
+    data = both(texts, text_spec)
+    dataset = data.dataset
+    data.bind(TextSpec(text_spec.tokenizer, text_spec.max_length))
+    assert data.dataset is dataset
+    data.bind(TextSpec(text_spec.tokenizer, 4))
+    assert data.dataset.tokens.lengths.max() <= 4 < dataset.tokens.lengths.max()
