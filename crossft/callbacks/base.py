@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,9 +31,9 @@ class MethodCallback(Callback, ABC):
         ConfigError: the weight is negative, or the data does not have what the method needs.
     """
 
-    needs_source: ClassVar[Literal["none", "unlabeled", "labeled"]] = "none"
+    needs_source: Literal["none", "unlabeled", "labeled"] = "none"
     """What the method needs of the source in every training batch."""
-    needs_target: ClassVar[Literal["none", "unlabeled"]] = "none"
+    needs_target: Literal["none", "unlabeled"] = "none"
     """Whether the method needs unlabeled target rows in every training batch."""
 
     def __init__(self, weight: float = 1.0) -> None:

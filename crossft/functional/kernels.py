@@ -30,27 +30,28 @@ def squared_distances(x: Tensor) -> Tensor:
     return (square[:, None] + square[None, :] - 2 * x @ x.T).clamp(min=0)
 
 
-def gaussian_kernel(x: Tensor, bandwidths: Sequence[float] = BANDWIDTHS, sigma: float | None = None) -> Tensor:
+def gaussian_kernel(x: Tensor, bandwidths: Sequence[float] = BANDWIDTHS, scale: float | None = None) -> Tensor:
     """Sum of Gaussian kernels exp(-||a - b||^2 / (u * scale)) over the factors u (Long et al. 2015, section 3).
 
-    The scale is the mean squared distance between different rows of ``x``, without gradient, or ``2 sigma^2``.
+    The scale is the mean squared distance between different rows of ``x``, without gradient, or
+    given (2 sigma^2).
 
     Args:
         x: [n, d], all rows that are compared, of both domains.
         bandwidths: the factors u.
-        sigma: a fixed bandwidth instead of the mean squared distance.
+        scale: a fixed value instead of the mean squared distance.
 
     Returns:
         [n, n].
     """
     distances = squared_distances(x)
     n = len(x)
-    if sigma is None:
-        scale = distances.detach().sum() / max(1, n * (n - 1))
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if scale is None:
+        mean = distances.detach().sum() / max(1, n * (n - 1))
+        width = torch.where(mean > 0, mean, torch.ones_like(mean))
     else:
-        scale = distances.new_tensor(2 * sigma**2)
-    return torch.stack([torch.exp(-distances / (u * scale)) for u in bandwidths]).sum(0)
+        width = distances.new_tensor(scale)
+    return torch.stack([torch.exp(-distances / (u * width)) for u in bandwidths]).sum(0)
 
 
 def mmd_unbiased(kernel: Tensor, m: int) -> Tensor:
