@@ -82,16 +82,13 @@ def tokenize(texts: Sequence[Any], spec: TextSpec, max_length: int | None = None
 
 def pad(rows: Sequence[dict[str, NDArray[np.int32]]], tokens: Tokens) -> dict[str, Tensor]:
     """Stack token rows to [b, longest], int64, with an ``attention_mask``."""
-    longest = max(len(r["input_ids"]) for r in rows)
-    out = {
-        k: torch.full((len(rows), longest), tokens.pad_type if k == "token_type_ids" else tokens.pad_id)
-        for k in rows[0]
-    }
-    out["attention_mask"] = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        part = slice(longest - n, longest) if tokens.left else slice(0, n)
-        for key, values in row.items():
-            out[key][i, part] = torch.from_numpy(values.astype(np.int64))
-        out["attention_mask"][i, part] = 1
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    position = np.arange(lengths.max())
+    real = position >= (lengths.max() - lengths)[:, None] if tokens.left else position < lengths[:, None]
+    out = {}
+    for key in rows[0]:
+        values = np.full(real.shape, tokens.pad_type if key == "token_type_ids" else tokens.pad_id, np.int64)
+        values[real] = np.concatenate([row[key] for row in rows])
+        out[key] = torch.from_numpy(values)
+    out["attention_mask"] = torch.from_numpy(real.astype(np.int64))
     return out

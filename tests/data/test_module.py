@@ -373,3 +373,16 @@ def test_binding_the_same_spec_again_keeps_the_tokens(texts, text_spec):
     assert data.dataset is dataset
     data.bind(TextSpec(text_spec.tokenizer, 4))
     assert data.dataset.tokens.lengths.max() <= 4 < dataset.tokens.lengths.max()
+
+
+def test_left_padding_puts_the_text_last(texts, text_spec):
+    text_spec.tokenizer.padding_side = "left"
+    data = both(texts, text_spec, batch_size=40)
+    batch = next(iter(data.train_dataloader()))
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    assert mask.min() == 0
+    assert (mask[:, -1] == 1).all()
+    assert (ids[:, -1] == 3).all()
+    rows = {int(i): n for n, i in enumerate(data.dataset.sample_ids)}
+    for i, sample in enumerate(batch.sample_ids.tolist()):
+        assert ids[i][mask[i] == 1].tolist() == data.dataset.tokens.row(rows[sample])["input_ids"].tolist()
