@@ -65,6 +65,7 @@ class Leg:
         init: checkpoint of the model it starts from, or None for the pretrained backbone.
         resume: its own checkpoint that training continues from, or None.
         launch: the processes that run it.
+        wandb: the W&B logger while it runs.
     """
 
     settings: Settings
@@ -73,6 +74,7 @@ class Leg:
     init: Path | None
     resume: Path | None
     launch: Launch
+    wandb: Any = None
 
     def run(self) -> None:
         """Run the leg to its end; its summary says ``failed`` or ``interrupted`` where it does not get there."""
@@ -97,6 +99,7 @@ class Leg:
     def _end(self, status: str, seconds: float, error: str | None) -> None:
         if self.launch.first:
             self.folder.write_summary(status=status, seconds=round(seconds, 2), error=error)
+            close_wandb(self.wandb, self.folder.summary()["metrics"])
 
     def _run(self) -> None:
         config = self.settings.config
@@ -106,20 +109,21 @@ class Leg:
         select = self._checked_select(task)
         methods = self._methods()
         before = self._before(task, trained) if config.before else {}
-        wandb = self._fit(task, methods, select)
-        best = self.folder.best if select is not None else self.folder.last
-        load_weights(task, best)
+        self._fit(task, methods, select)
+        if not self.folder.best.is_file():
+            select = None  # no choice was asked for, or the fit ended before any validation
+        chosen = self.folder.last if select is None else self.folder.best
+        load_weights(task, chosen)
         after = measure(self.settings, task, self.data)
         metrics = final_metrics(task.domains, before, after, config.before)
         if self.launch.first:
             self.folder.write_summary(
                 metrics=metrics,
-                checkpoint=str(best.relative_to(self.folder.path)),
+                checkpoint=str(chosen.relative_to(self.folder.path)),
                 selected_by=select,
                 primary=primary_of(task.domains),
             )
             write_confusions(self.folder, task.evaluation.confusion_matrices, task.domains)
-            close_wandb(wandb, metrics)
             finish(self.folder)
 
     def _methods(self) -> list[Callback]:
@@ -142,19 +146,20 @@ class Leg:
             write_json(self.folder.before, {"metrics": before, "untrained": untrained})
         return before
 
-    def _fit(self, task: Task, methods: list[Callback], select: str | None) -> Any:
-        """Train to the end, from the start or from the checkpoint to resume; return the W&B logger."""
+    def _fit(self, task: Task, methods: list[Callback], select: str | None) -> None:
+        """Train to the end, from the start or from the checkpoint to resume."""
         config = self.settings.config
         seed_everything(config.seed_everything, workers=True, verbose=False)
         first_step = load_checkpoint(self.resume)["global_step"] if self.resume is not None else 0
         run_id = str(self.folder.summary().get("wandb_id"))
         plain = self.settings.plain()
-        wandb = wandb_logger(self.folder, config.wandb, run_id, plain) if self.launch.first else None
+        if self.launch.first:
+            self.wandb = wandb_logger(self.folder, config.wandb, run_id, plain)
         own: dict[str, Any] = dict(self.settings.build("trainer").trainer)
         bar = progress(own["enable_progress_bar"])
         trainer = build_trainer(
             self.settings,
-            logger=[RunLog(self.folder.path, first_step), *([wandb] if wandb else []), *_listed(own["logger"])],
+            logger=[RunLog(self.folder.path, first_step), *_listed(self.wandb), *_listed(own["logger"])],
             plugins=[*_listed(own["plugins"]), AtomicCheckpointIO()],
             callbacks=[
                 *_listed(own["callbacks"]),
@@ -163,8 +168,7 @@ class Leg:
                 RunIdentity(self.folder.path, run_id),
                 Checkpoints(
                     self.folder.path,
-                    every_n_steps=config.checkpoints.every_n_steps,
-                    keep=config.checkpoints.keep,
+                    **dict(config.checkpoints),
                     monitor=select,
                     mode="max" if select is None or higher_is_better(select) else "min",
                 ),
@@ -174,7 +178,6 @@ class Leg:
             enable_model_summary=False,
         )
         trainer.fit(task, datamodule=self.data, ckpt_path=self.resume, weights_only=True)
-        return wandb
 
     def _checked_select(self, task: Task) -> str | None:
         """The metric that chooses the checkpoint.

@@ -26,7 +26,7 @@ from crossft.tasks.evaluation import display_names
 __all__ = ["Chain", "run", "source_settings"]
 
 NOT_TRAINED = (
-    "run", "wandb", "experiment", "arm", "seed_everything", "checkpoints", "data.root", "data.num_workers",
+    "run", "wandb", "before", "experiment", "arm", "seed_everything", "checkpoints", "data.root", "data.num_workers",
     "data.verify", "data.cache_images", "data.inputs", "trainer.logger", "trainer.enable_progress_bar",
     "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler", "model.init_args.domains",
 )  # fmt: skip

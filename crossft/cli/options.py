@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from crossft.errors import ConfigError
-
 __all__ = ["CheckpointOptions", "RunOptions", "WandbOptions"]
 
 
@@ -25,21 +23,17 @@ class RunOptions:
 
 @dataclass
 class CheckpointOptions:
-    """When checkpoints are saved.
+    """When checkpoints are saved, beside the end of every epoch.
 
     Attributes:
-        every_n_steps: optimizer steps between saves within an epoch; null saves at the end of each epoch only.
+        every_minutes: minutes between saves within an epoch; null: never by time.
+        every_n_steps: optimizer steps between saves within an epoch; null: never by count.
         keep: number of step checkpoints kept for a resume.
     """
 
-    every_n_steps: int | None = 100
+    every_minutes: float | None = 10.0
+    every_n_steps: int | None = None
     keep: int = 2
-
-    def __post_init__(self) -> None:
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ConfigError(f"checkpoints.every_n_steps={self.every_n_steps} must be at least 1, or null")
-        if self.keep < 1:
-            raise ConfigError(f"checkpoints.keep={self.keep} must be at least 1: a resume needs a checkpoint")
 
 
 @dataclass

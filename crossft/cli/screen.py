@@ -22,6 +22,7 @@ def quiet_lightning() -> None:
         ".*does not have many workers",  # batches are made in the main process unless data.num_workers says more
         ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
         "`weights_only` was not set",  # our checkpoint reader never unpickles code, whatever is asked
+        r"Found \d+ module\(s\) in eval mode",  # frozen stages and statistics: the task sets modes itself
         "Trying to infer the `batch_size`",
     ):
         warnings.filterwarnings("ignore", message=note)

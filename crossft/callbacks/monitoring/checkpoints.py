@@ -148,9 +148,9 @@ class Checkpoints(Checkpoint):
             return None
         if self.monitor not in trainer.callback_metrics:
             known = sorted(k for k in trainer.callback_metrics if "/val/" in k)
-            raise ConfigError(
-                f"select={self.monitor!r} was not measured; validation gives {', '.join(known) or 'none'}"
-            )
+            if not known:
+                return None  # no validation has run yet: check_val_every_n_epoch, or a fit shorter than an epoch
+            raise ConfigError(f"select={self.monitor!r} was not measured; validation gives {', '.join(known)}")
         return float(trainer.callback_metrics[self.monitor])
 
     def _prune(self, trainer: Trainer) -> None:

@@ -1,0 +1,149 @@
+"""What is done with a finished run: test, validate, predict, export; and the commands that need none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from crossft.cli import main
+from crossft.cli.list import found
+from crossft.cli.saved import open_run
+from crossft.data.images import eval_transform
+from crossft.runs import RunFolder
+
+
+def test_test_measures_what_the_summary_says(finished: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "test.json"
+    assert main(["test", str(finished), "--output", str(out)]) == 0
+    summary = RunFolder(finished).summary()["metrics"]
+    found = json.loads(out.read_text())
+    assert found
+    assert found == {k: pytest.approx(summary[k]) for k in found}
+    assert "balanced_accuracy" in capsys.readouterr().out
+
+
+def test_a_flag_wins_over_the_runs_config(finished: Path, tmp_path: Path) -> None:
+    one, few = tmp_path / "one.json", tmp_path / "few.json"
+    assert main(["validate", str(finished), "--output", str(one)]) == 0
+    assert main(["validate", str(finished), "--trainer.limit_val_batches=0", "--output", str(few)]) == 0
+    assert "source/val/accuracy" in json.loads(one.read_text())
+    assert json.loads(few.read_text()) == {}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_predict_keeps_the_order_and_sums_to_one(finished: Path, images: Path, tmp_path: Path, suffix: str) -> None:
+    files = sorted((images / "cartoon").rglob("*.png"))[::-3]
+    out = tmp_path / f"out.{suffix}"
+    assert main(["predict", str(finished), "--data.inputs", *map(str, files), "--output", str(out)]) == 0
+    table = pd.read_csv(out) if suffix == "csv" else pd.read_parquet(out)
+    assert list(table["input"]) == [str(f) for f in files]
+    assert list(table.columns) == ["input", "predicted", "p_cat", "p_dog"]
+    assert (table[["p_cat", "p_dog"]].sum(axis=1) - 1).abs().max() < 1e-5
+    task = open_run("predict", [str(finished)]).task
+    transform = eval_transform(task.backbone.input_spec)
+    pixels = torch.stack([transform(Image.open(f).convert("RGB")) for f in files])
+    with torch.no_grad():
+        expected = task({"pixel_values": pixels}).softmax(1)[:, 0]
+    assert torch.allclose(torch.tensor(table["p_cat"].to_numpy(), dtype=torch.float32), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["missing", "broken"])
+def test_predict_names_the_file_it_cannot_read(finished: Path, tmp_path: Path, capsys, kind: str) -> None:
+    bad = tmp_path / "bad.png"
+    if kind == "broken":
+        bad.write_bytes(b"\x89PNG but no image")
+    assert main(["predict", str(finished), "--data.inputs", str(bad), "--output", str(tmp_path / "o.csv")]) == 1
+    assert str(bad) in capsys.readouterr().err
+    assert not (tmp_path / "o.csv").exists()
+
+
+def test_export_gives_equal_outputs_after_reload(finished: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished), "--to", "timm", str(tmp_path / "plain")]) == 0
+    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    task = open_run("test", [str(finished)]).task
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(plain(pixels), task.backbone({"pixel_values": pixels}).features)
+    from safetensors.torch import load_file
+
+    heads = load_file(tmp_path / "plain" / "heads.safetensors")
+    assert torch.equal(heads["photo.weight"], task.heads["photo"][1].weight)
+    assert json.loads((tmp_path / "plain" / "heads.json").read_text())[1]["labels"] == ["cat", "dog"]
+
+
+def test_export_refuses_the_other_form_and_a_full_folder(finished: Path, tmp_path: Path, capsys) -> None:
+    assert main(["export", str(finished), "--to", "hf", str(tmp_path / "hf")]) == 2
+    assert "--to timm" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["export", str(finished), "--to", "timm", str(tmp_path)]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_inspect_counts_parameters_and_what_trains(config: Path, capsys) -> None:
+    assert main(["inspect", f"--config={config}"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "," in line}
+    model = timm.create_model("test_resnet", num_classes=0)
+    count = sum(p.numel() for p in model.parameters())
+    last = sum(p.numel() for name in ("layer3", "layer4") for p in getattr(model, name).parameters())
+    assert rows["all"][:2] == [f"{count:,}", f"{last:,}"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("methods", "L2SP"), ("backbones", "Transformer"), ("tasks", "Regression")])
+def test_list_finds_every_public_class(kind: str, name: str, capsys) -> None:
+    assert main(["list", kind]) == 0
+    printed = capsys.readouterr().out
+    entries = {entry[0]: entry for entry in found(kind)}
+    assert name in entries
+    assert all(path in printed and text for _, path, text in entries.values())
+    if kind == "methods":
+        assert "Li, Grandvalet & Davoine 2018" in entries["L2SP"][2]
+
+
+def test_compare_leaves_the_source_leg_out(runs: Path, tmp_path: Path, capsys) -> None:
+    assert main(["compare", str(runs), "--output", str(tmp_path / "table.md")]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "full" in table
+    assert "source-" not in table
+    assert "photo" in capsys.readouterr().out
+
+
+LIGHT = """
+import sys
+from crossft.cli import main
+for words in (["--help"], ["list", "--help"], ["list", "methods"], ["resume", "--help"], ["predict", "--help"], ["nope"]):
+    main(words)
+print(sorted({"torch", "lightning", "pandas", "transformers", "timm", "jsonargparse"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_help_and_list_import_nothing_heavy_and_are_quick() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip().endswith("[]"), done.stderr
+    assert "unknown command 'nope'" in done.stderr
+
+    def seconds(*words: str) -> float:
+        spent = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], capture_output=True, check=True)
+            spent.append(time.perf_counter() - start)
+        return min(spent)
+
+    assert seconds("-m", "crossft.cli", "--help") < 10 * seconds("-c", "pass")
+
+
+def test_no_command_and_an_unknown_one_are_usage_errors(capsys) -> None:
+    assert main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+    assert main(["fti"]) == 2
+    assert "fit" in capsys.readouterr().err
+    assert main(["--version"]) == 0
