@@ -14,7 +14,7 @@ from crossft.errors import ConfigError
 from crossft.tasks import Task
 from crossft.types import LossTerm, WeightPenalty
 
-__all__ = ["MethodCallback"]
+__all__ = ["MethodCallback", "method_seed"]
 
 
 class MethodCallback(Callback, ABC):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,20 +13,28 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from crossft.backbones import Backbone
-from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, batch_norms, set_domains
+from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, batch_norms, reestimate_, set_domains
 from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
-from crossft.types import Batch, Domain, Kind, LossTerm, StepOutput, WeightPenalty, head_of
+from crossft.types import Batch, Domain, Encoded, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
-__all__ = ["Task"]
+__all__ = ["Prefix", "Task"]
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
 def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
     return torch.optim.AdamW(groups, lr=3e-4, fused=True)
+
+
+class Prefix(Protocol):
+    """What may run the backbone in the task's place, with the same result."""
+
+    def encode(self, task: Task, batch: Batch, capture: Collection[str]) -> Encoded:
+        """Encode the batch; ``capture`` names the stages whose outputs are wanted."""
+        ...
 
 
 class Task(LightningModule):
@@ -94,6 +102,7 @@ class Task(LightningModule):
         apply_batchnorm_policy(backbone, self.batchnorm, len(self.domains))
         self._frozen_stages: frozenset[str] = frozenset()
         self._total_steps = 0
+        self.prefix: Prefix | None = None
         # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
         self._ddp_params_and_buffers_to_ignore: list[str] = []
         self.automatic_optimization = True
@@ -125,14 +134,25 @@ class Task(LightningModule):
     def forward(self, inputs: dict[str, Tensor], domain: str | None = None) -> Tensor:
         """Logits [b, k] of the head of ``domain`` (default: the first target, else the first domain)."""
         names = [d.name for d in self.domains if d.role == "target"] or [self.domains[0].name]
-        return self.heads[self.head_keys[domain or names[0]]](self.backbone(inputs).features)
+        name = domain or names[0]
+        if self.batchnorm == "per_domain":
+            index = [d.name for d in self.domains].index(name)
+            rows = len(next(iter(inputs.values())))
+            set_domains(self.backbone, torch.full((rows,), index, device=self.device))
+        return self.heads[self.head_keys[name]](self.backbone(inputs).features)
+
+    def encode(self, batch: Batch, capture: Collection[str] = ()) -> Encoded:
+        """Run the backbone over a batch; from stored values of its frozen prefix where a method keeps them."""
+        if self.prefix is not None:
+            return self.prefix.encode(self, batch, capture)
+        return self.backbone(batch.inputs, capture=capture)
 
     def model_step(self, batch: Batch) -> StepOutput:
         """Run backbone and heads over the whole mixed batch; shared by training, validation and test."""
         capture = self.attachments.needs_stages if self.training else ()
         if self.batchnorm == "per_domain":
             set_domains(self.backbone, batch.domains)
-        encoded = self.backbone(batch.inputs, capture=capture)
+        encoded = self.encode(batch, capture)
         logits = {key: head(encoded.features) for key, head in self.heads.items()}
         return StepOutput(
             batch=batch,
@@ -302,6 +322,21 @@ class Task(LightningModule):
                 self.trained_heads |= {self.head_keys[d.name] for d in self.domains if d.role == "source"}
         for key, head in self.heads.items():
             head.requires_grad_(key in self.trained_heads)
+
+    def on_train_epoch_end(self) -> None:
+        """Policy ``reestimated``: at the end, compute the statistics anew from the target's training inputs."""
+        if self.batchnorm == "reestimated" and (
+            self.trainer.global_step >= self._total_steps or self.trainer.should_stop
+        ):
+            reestimate_(self.backbone, self._target_inputs())
+
+    def _target_inputs(self) -> Iterator[dict[str, Tensor]]:
+        targets = torch.tensor([i for i, d in enumerate(self.domains) if d.role == "target"], device=self.device)
+        for batch in self.trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
+            batch = batch.to(self.device)
+            rows = torch.isin(batch.domains, targets)
+            if int(rows.sum()) > 1:  # one row has no variance
+                yield {key: value[rows] for key, value in batch.inputs.items()}
 
     def configure_optimizers(self) -> Any:
         """Every parameter in a named group from the first step; the schedule steps once per optimizer step."""

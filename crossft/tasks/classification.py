@@ -83,5 +83,5 @@ class Classification(Task):
     def predictions(self, logits: Tensor) -> Tensor:
         """Probabilities [b, k]."""
         if self.domains[0].kind == "multilabel":
-            return logits.sigmoid()
-        return logits.softmax(1)
+            return logits.float().sigmoid()
+        return logits.float().softmax(1)  # in bfloat16, probabilities would tie

@@ -60,13 +60,12 @@ class Evaluation(nn.Module):
         keep = batch.labeled & (batch.domains >= 0)
         self.seen[index, 0] += keep.sum()
         self.seen[index, 1] += step.per_sample_loss.detach().sum()
-        if bool(keep.any()):
-            predictions, targets = predictions[keep].float(), batch.targets[keep]
-            if self.domains[name].kind == "multilabel":
-                targets = targets.long()
-            self._metric(index).update(predictions, targets)
-            if name in self._confusion_index:
-                self._confusion(name).update(predictions, targets)
+        predictions, targets = predictions[keep], batch.targets[keep]
+        if self.domains[name].kind == "multilabel":
+            targets = targets.long()
+        self._metric(index).update(predictions, targets)
+        if name in self._confusion_index:
+            self._confusion(name).update(predictions, targets)
 
     def compute(self, split: str, gather: Callable[..., Any]) -> dict[str, Any]:
         """``DOMAIN/split/METRIC`` of every domain of which any process has seen a labeled row."""

@@ -71,4 +71,4 @@ class Regression(Task):
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Values [b] in the label's own units."""
-        return logits[:, 0] * self.label_scale + self.label_mean
+        return logits[:, 0].float() * self.label_scale + self.label_mean

@@ -16,7 +16,7 @@ from lightning.fabric.plugins import CheckpointIO
 from crossft.errors import CheckpointError, UnsafeCheckpointError
 from crossft.runs import read_json, replacing, write_json
 
-__all__ = ["AtomicCheckpointIO", "check", "latest_valid", "load_checkpoint", "manifest_of", "publish"]
+__all__ = ["AtomicCheckpointIO", "check", "latest_valid", "load_checkpoint", "manifest_of", "publish", "sha256"]
 
 _STEP = re.compile(r"^step-(\d+)\.ckpt$")
 
