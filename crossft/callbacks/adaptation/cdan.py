@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossft.callbacks.adaptation.discriminator import check_hidden, discriminator, discriminator_classes, domain_loss
-from crossft.callbacks.adaptation.roles import Ids, shared_head
+from crossft.callbacks.adaptation.roles import Ids, class_count, shared_head
 from crossft.callbacks.base import MethodCallback
 from crossft.errors import ConfigError
 from crossft.functional import (
@@ -141,7 +141,7 @@ class CDAN(MethodCallback):
         """Build the discriminator, and draw the random maps where they are used."""
         head = shared_head(task, f"methods.{self.name}")
         d = task.backbone.num_features
-        k = next(len(t.labels) for t in task.domains if task.head_keys[t.name] == head)
+        k = class_count(task, head, f"methods.{self.name}")
         randomized = self.map == "randomized" or (self.map == "auto" and d * k > LARGEST_PRODUCT)
         return ConditionalAdversarial(
             d,

@@ -9,7 +9,17 @@ from crossft.errors import ConfigError
 from crossft.tasks import Task
 from crossft.types import Role
 
-__all__ = ["Between", "Ids", "Pair", "check_between", "domain_pairs", "ids_of", "shared_head", "source_groups"]
+__all__ = [
+    "Between",
+    "Ids",
+    "Pair",
+    "check_between",
+    "class_count",
+    "domain_pairs",
+    "ids_of",
+    "shared_head",
+    "source_groups",
+]
 
 Ids = tuple[int, ...]
 Pair = tuple[Ids, Ids]
@@ -77,3 +87,15 @@ def shared_head(task: Task, who: str, roles: tuple[Role, ...] = ("source", "targ
     if domains[0].kind != "multiclass":
         raise ConfigError(f"{who} reads class probabilities; domain {domains[0].name!r} has {domains[0].kind} labels")
     return keys.pop()
+
+
+def class_count(task: Task, head: str, who: str) -> int:
+    """Classes of the head, of which there must be two or more.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    count = next(len(d.labels) for d in task.domains if task.head_keys[d.name] == head)
+    if count < 2:
+        raise ConfigError(f"{who} needs two classes or more; head {head!r} has {count}")
+    return count
