@@ -1,10 +1,31 @@
 """Methods of this axis, one file each."""
 
+from crossft.callbacks.adaptation.afn import AFN
+from crossft.callbacks.adaptation.bnm import BNM
+from crossft.callbacks.adaptation.bsp import BSP
 from crossft.callbacks.adaptation.cdan import CDAN
 from crossft.callbacks.adaptation.cmd import CMD
 from crossft.callbacks.adaptation.coral import CORAL
 from crossft.callbacks.adaptation.dann import DANN
+from crossft.callbacks.adaptation.entropy import EntropyMinimization
 from crossft.callbacks.adaptation.jan import JAN
+from crossft.callbacks.adaptation.mcc import MCC
+from crossft.callbacks.adaptation.mcd import MCD
+from crossft.callbacks.adaptation.mdd import MDD
 from crossft.callbacks.adaptation.mmd import MMD
 
-__all__ = ["CDAN", "CMD", "CORAL", "DANN", "JAN", "MMD"]
+__all__ = [
+    "AFN",
+    "BNM",
+    "BSP",
+    "CDAN",
+    "CMD",
+    "CORAL",
+    "DANN",
+    "JAN",
+    "MCC",
+    "MCD",
+    "MDD",
+    "MMD",
+    "EntropyMinimization",
+]
