@@ -22,24 +22,24 @@ FORMAT = 1
 
 def prefix_tensors(stages: Sequence[Stage]) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters and buffers of these stages, in a fixed order."""
-    parameters = [p for stage in stages for p in stage.parameters()]
+    parameters: list[Tensor] = [p for stage in stages for p in stage.parameters()]
     buffers = {id(b): b for stage in stages for module in stage.modules for b in module.buffers()}
     return parameters, list(buffers.values())
 
 
-def prefix_key(backbone: Backbone, stages: Sequence[Stage], whole: bool, device: torch.device) -> str:
+def prefix_key(backbone: Backbone, stages: Sequence[Stage], device: torch.device, *more: object) -> str:
     """Hash (24 hex digits) over weights and buffers, modules with their settings and modes, precision and versions.
 
     Args:
         backbone: the backbone that the stages belong to.
         stages: those of the prefix, from the first on.
-        whole: whether the prefix is the whole backbone, pooling included.
         device: where it runs.
+        more: plain values that also tell one prefix from another.
     """
     state = blake2b(digest_size=12)
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     facts: list[Any] = [FORMAT, torch.__version__, torchvision.__version__, PIL.__version__, device.type, autocast]
-    facts += [whole, type(backbone).__qualname__]
+    facts += [more, type(backbone).__qualname__]
     facts.append({k: v for k, v in _settings(backbone).items() if k not in ("training", "checkpoint_grads")})
     for stage in stages:
         facts.append(stage.name)
@@ -47,7 +47,7 @@ def prefix_key(backbone: Backbone, stages: Sequence[Stage], whole: bool, device:
     state.update(repr(facts).encode())
     for tensor in (t for group in prefix_tensors(stages) for t in group):
         state.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 

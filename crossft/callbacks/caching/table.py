@@ -47,7 +47,7 @@ class Table:
         self._values = np.memmap(values, dtype, "r", shape=(units, unit))
         self._sums = np.memmap(sums, np.uint32, "r", shape=(rows,))
         self._verified = np.zeros(rows, bool)
-        self._even = units == rows
+        self._even = bool((np.diff(offsets) == 1).all())
 
     def __len__(self) -> int:
         return len(self._sums)
@@ -90,8 +90,8 @@ class Table:
             start = stop
             if self._sums[slot] and self.known(np.array([slot]))[0]:
                 continue  # another process was first
-            _write(self._values_file, memoryview(part.reshape(-1).view(np.uint8)), int(self.offsets[slot]) * self._width)
-            _write(self._sums_file, memoryview(np.uint32(_checksum(part, slot)).tobytes()), slot * 4)
+            _write(self._values_file, part.tobytes(), int(self.offsets[slot]) * self._width)
+            _write(self._sums_file, np.uint32(_checksum(part, slot)).tobytes(), slot * 4)
             self._verified[slot] = True
 
     def _part(self, slot: int) -> NDArray[Any]:
@@ -100,7 +100,7 @@ class Table:
 
 def _checksum(part: NDArray[Any], slot: int) -> int:
     """Checksum of a row's bytes and its place; never 0."""
-    return zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8), slot + 1) or 1
+    return zlib.crc32(np.ascontiguousarray(part).data.cast("B"), slot + 1) or 1
 
 
 def _sized(owner: Table, path: Path, size: int) -> int:
@@ -112,7 +112,7 @@ def _sized(owner: Table, path: Path, size: int) -> int:
     return file
 
 
-def _write(file: int, data: memoryview, at: int) -> None:
+def _write(file: int, data: bytes, at: int) -> None:
     while data:
         done = os.pwrite(file, data, at)
         data, at = data[done:], at + done

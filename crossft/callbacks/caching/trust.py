@@ -1,0 +1,55 @@
+"""Whether the cached path gives what the full path gives."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from crossft.backbones.batchnorm import without_statistics
+from crossft.types import Batch, Encoded
+
+__all__ = ["aside", "differs"]
+
+
+@contextmanager
+def aside(backbone: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run without a gradient, and leave random generators and BatchNorm statistics as they are."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), without_statistics([backbone]):
+        yield
+
+
+def differs(full: Encoded, mine: Encoded, batch: Batch, capture: Collection[str], tolerance: float) -> str | None:
+    """Say how ``mine`` differs from ``full`` in features or captured stages, or None.
+
+    Args:
+        full: of the full path.
+        mine: of the cached path.
+        batch: of both; its padding rows, and padding tokens, are not compared.
+        capture: stages to compare beside the features.
+        tolerance: largest difference allowed, relative to the largest magnitude of a full value.
+    """
+    pairs = [(full.features, mine.features), *((full.stages[k], mine.stages[k]) for k in capture)]
+    worst = max(_difference(_real(a, batch, full.mask), _real(b, batch, full.mask)) for a, b in pairs)
+    if worst <= tolerance:
+        return None
+    return f"the cached path differs from the full one by {worst:.1e} of the largest value (allowed {tolerance:g})"
+
+
+def _real(values: Tensor, batch: Batch, mask: Tensor | None) -> Tensor:
+    """The values of rows and tokens that are no padding."""
+    if mask is not None and values.dim() > 2 and values.shape[:2] == mask.shape:
+        return values[mask & (batch.domains >= 0)[:, None]].float()
+    return values[batch.domains >= 0].float()
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the largest magnitude; NaN equals NaN."""
+    if a.shape != b.shape:
+        return float("inf")
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(same, torch.zeros_like(a), (a - b).abs()).max() if a.numel() else torch.zeros(())
+    return float(torch.nan_to_num(gap / a.nan_to_num().abs().max().clamp(min=1e-12), nan=float("inf")))
