@@ -309,6 +309,8 @@ class LossTerm(nn.Module, ABC):
     """
 
     needs_stages: tuple[str, ...] = ()
+    needs_tokens: bool = False
+    """Whether it reads ``tokens`` of a step; they may be None where no term does."""
     trains_source_head: bool = False
 
     @abstractmethod

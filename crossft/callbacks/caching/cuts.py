@@ -105,20 +105,23 @@ class Cut:
         return Value(value[mask.bool()], mask.bool())
 
 
-def cuts(backbone: Backbone, frozen: Collection[str], needed: Collection[str]) -> tuple[list[Cut], str]:
+def cuts(
+    backbone: Backbone, frozen: Collection[str], needed: Collection[str], tokens: bool = False
+) -> tuple[list[Cut], str]:
     """Cuts to try, the last first, and why there is none.
 
     Args:
         backbone: the network.
         frozen: stages in which nothing trains; those before the first other stage count.
         needed: stages whose outputs somebody reads.
+        tokens: whether somebody reads the features before pooling.
     """
     stages = backbone.stages
     first = next((i for i, stage in enumerate(stages) if stage.name not in frozen), len(stages))
     read = [i for i, stage in enumerate(stages) if stage.name in needed]
     if first == 0:
         return [], "nothing is frozen from the first stage on"
-    found = [Cut(stages, None)] if first == len(stages) and not read else []
+    found = [Cut(stages, None)] if first == len(stages) and not read and not tokens else []
     last = min([first, len(stages) - 1, *(i + 1 for i in read)])
     if last == 0:
         return found, "the backbone has a single stage"

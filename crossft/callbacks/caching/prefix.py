@@ -34,8 +34,8 @@ class PrefixCache(Callback):
 
     Works wherever the first stages of the backbone are frozen (linear probe, last k stages, phases of gradual
     unfreezing): the cut lies before the first stage that trains or whose input a method reads, and moves when a
-    stage thaws. Where all stages are frozen the pooled features are stored, and ``tokens`` of a step are None: a term
-    that reads tokens lists the last stage in ``needs_stages``.
+    stage thaws. Where all stages are frozen and no term has ``needs_tokens``, the pooled features are stored, and
+    ``tokens`` of a step are None.
 
     Training batches are cached where a sample's input is fixed: text, ``data.augment=none``, or ``data.views=n``
     fixed augmentations. Under random augmentation only evaluation is cached. Inputs of stored samples are neither
@@ -216,7 +216,9 @@ class PrefixCache(Callback):
     def _look(self, task: Task, batch: Batch) -> None:
         """Find the cut and its store for the prefix as it is now."""
         self._cut, self._store = None, None
-        found, reason = cuts(task.backbone, task.frozen_stages, task.attachments.needs_stages)
+        attached = task.attachments
+        tokens = any(term.needs_tokens for _, term in attached.named_terms())
+        found, reason = cuts(task.backbone, task.frozen_stages, attached.needs_stages, tokens)
         for cut in found:
             if any(module.training for stage in cut.below for module in stage.modules):
                 reason = "a frozen stage is in training mode"
