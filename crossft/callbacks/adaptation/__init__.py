@@ -12,7 +12,9 @@ from crossft.callbacks.adaptation.jan import JAN
 from crossft.callbacks.adaptation.mcc import MCC
 from crossft.callbacks.adaptation.mcd import MCD
 from crossft.callbacks.adaptation.mdd import MDD
+from crossft.callbacks.adaptation.mean_teacher import MeanTeacher
 from crossft.callbacks.adaptation.mmd import MMD
+from crossft.callbacks.adaptation.pseudo_labels import PseudoLabels
 
 __all__ = [
     "AFN",
@@ -28,4 +30,6 @@ __all__ = [
     "MDD",
     "MMD",
     "EntropyMinimization",
+    "MeanTeacher",
+    "PseudoLabels",
 ]
