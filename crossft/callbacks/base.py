@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from crossft.data.passes import training_rows
 from crossft.errors import ConfigError
 from crossft.tasks import Task
 from crossft.types import LossTerm, WeightPenalty
@@ -35,6 +36,9 @@ class MethodCallback(Callback, ABC):
     """What the method needs of the source in every training batch."""
     needs_target: Literal["none", "unlabeled"] = "none"
     """Whether the method needs unlabeled target rows in every training batch."""
+    reads_source: Literal["none", "unlabeled", "few", "all"] = "none"
+    """What the method reads of the source's training split outside of the batches: nothing, inputs alone, some labeled
+    rows (a memory), or all labeled rows. The fit refuses to start where it is not there."""
 
     def __init__(self, weight: float = 1.0) -> None:
         if weight < 0:
@@ -55,7 +59,9 @@ class MethodCallback(Callback, ABC):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for role, need in (("source", self.needs_source), ("target", self.needs_target)):
             if need != "none":
-                data.include(role, unlabeled=need == "unlabeled")
+                data.include(role, labels=need == "labeled")
+        if self.reads_source != "none":
+            training_rows(data, "source", labeled=self.reads_source != "unlabeled")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(method_seed(self.name))
             pl_module.attach(self.name, self.build(pl_module), self.weight)

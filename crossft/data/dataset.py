@@ -124,7 +124,7 @@ class Rows(Dataset[Item]):
 
     def _item(self, key: Key, load: bool) -> Item:
         row = key.row
-        labeled = bool(self.labeled[row]) and key.domain >= 0
+        labeled = bool(self.labeled[row]) and key.labeled
         return Item(self.value(key) if load else None, self.targets[row], labeled, int(self.sample_ids[row]), key)
 
     def view_of(self, key: Key) -> int | None:

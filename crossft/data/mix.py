@@ -32,7 +32,8 @@ def pools(
     Args:
         prepared: all domains.
         labeled_roles: roles whose rows train: the labeled ones, or all where a domain has none that are labeled.
-        unlabeled_roles: roles whose unlabeled rows train as well.
+        unlabeled_roles: roles whose unlabeled rows train as well; of a role that is not among ``labeled_roles``, all
+            rows, none with its label.
         mix: share of each role or domain; None for equal roles, and domains of one role by size.
         balance: ``class`` draws classes evenly within a pool, ``domain`` gives each domain an equal share.
         batch_size: rows of a micro-batch of one process.
@@ -48,7 +49,9 @@ def pools(
             continue
         rows = p.rows("train")
         known, other = rows[p.labeled[rows]], rows[~p.labeled[rows]]
-        if role in labeled_roles and len(known):
+        if role not in labeled_roles:
+            known, other = rows[:0], rows
+        if len(known):
             parts.append((p, number, True, known))
         if len(other) and (role in unlabeled_roles or not len(known)):
             parts.append((p, number, False, other))

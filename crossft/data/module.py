@@ -166,7 +166,7 @@ class DomainData(pl.LightningDataModule):
         self.length_window, self.cache_images, self.num_workers = length_window, cache_images, num_workers
         self.quarantined: list[dict[str, str]] = []
         self._prepared: tuple[Prepared, ...] = ()
-        self._included: dict[Role, bool] = {}
+        self._included: dict[Role, set[bool]] = {}
         self._manifest: dict[str, Any] = {}
         self._dataset: Rows | None = None
         self._spec: ImageSpec | TextSpec | None = None
@@ -243,12 +243,13 @@ class DomainData(pl.LightningDataModule):
 
     # Mixing
 
-    def include(self, role: Role, unlabeled: bool = False) -> None:
+    def include(self, role: Role, labels: bool = True) -> None:
         """Ask for rows of a role in the training mix, as a method that needs them does.
 
         Args:
             role: ``source`` or ``target``.
-            unlabeled: also take the rows that ``shots`` or ``fraction`` left without a label.
+            labels: take its labeled rows, and let their labels train. False takes all rows without a look at labels:
+                where the role trains anyway, only those that ``shots`` or ``fraction`` left without a label are new.
 
         Raises:
             ConfigError: the run has no such domain.
@@ -257,7 +258,7 @@ class DomainData(pl.LightningDataModule):
             raise ConfigError(
                 f"a method needs {role} rows, and the run has no domain that trains as {role}; set data.{role}"
             )
-        self._included[role] = self._included.get(role, False) or unlabeled
+        self._included.setdefault(role, set()).add(labels)
 
     @property
     def training_domains(self) -> tuple[str, ...]:
@@ -270,8 +271,8 @@ class DomainData(pl.LightningDataModule):
         Raises:
             ConfigError: the mix cannot be made (see `crossft.data.mix.pools`).
         """
-        roles = {*self.train_on, *self._included}
-        extra = {r for r, wanted in self._included.items() if wanted}
+        roles = {*self.train_on, *(r for r, asked in self._included.items() if True in asked)}
+        extra = {r for r, asked in self._included.items() if False in asked}
         tokens = None if self._spec is None else self.dataset.tokens
         lengths = tokens.lengths if tokens is not None and self.length_window else None
         return pools(self.prepared, roles, extra, self.mix, self.sampler, self.batch_size, lengths)

@@ -31,12 +31,13 @@ EVALUATION = StepInfo(-1, (), 0.0)
 
 
 class Key(NamedTuple):
-    """One row of a batch: dataset row, how often its pool was drawn before, domain id (or padding), its step."""
+    """One row of a batch: dataset row, how often its pool was drawn before, domain id (or padding), its step, whether its label may be read."""
 
     row: int
     draw: int
     domain: int
     info: StepInfo
+    labeled: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +141,10 @@ class Order:
         keys = []
         for pool, (rows, draws) in zip(self.pools, drawn):
             part = slice(len(rows) * slot // s, len(rows) * (slot + 1) // s)
-            keys += [Key(int(r), int(d), pool.domain, info) for r, d in zip(rows[part], draws[part])]
+            keys += [Key(int(r), int(d), pool.domain, info, pool.labeled) for r, d in zip(rows[part], draws[part])]
         if not keys:
             rows, draws = drawn[self.leader]
-            keys = [Key(int(rows[0]), int(draws[0]), PADDING, info)]
+            keys = [Key(int(rows[0]), int(draws[0]), PADDING, info, False)]
         return keys
 
     def _info(self, step: int, drawn: list[tuple[Ints, Ints]]) -> StepInfo:
@@ -271,7 +272,7 @@ class EvalSampler:
     def __init__(self, rows: Ints, domain: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         share = math.ceil(len(rows) / world)
         mine = [Key(int(r), 0, domain, EVALUATION) for r in rows[rank::world]]
-        mine += [Key(int(rows[0]), 0, PADDING, EVALUATION)] * (share - len(mine))
+        mine += [Key(int(rows[0]), 0, PADDING, EVALUATION, False)] * (share - len(mine))
         self.batches = [mine[i : i + batch_size] for i in range(0, share, batch_size)]
 
     def __len__(self) -> int:

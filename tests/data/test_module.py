@@ -166,7 +166,7 @@ def test_shots_leave_the_rest_unlabeled_and_hold_validation_to_the_budget(images
     assert (row["train_labels"], row["val_labels"], row["test_labels"]) == (9, 0, row["test"])
     assert data.class_counts("sketch") == [3, 3, 3]
     assert [p.name for p in data.pools()] == ["photo/labeled", "sketch/labeled"]
-    data.include("target", unlabeled=True)
+    data.include("target", labels=False)
     assert [(p.name, p.quota) for p in data.pools()] == [
         ("photo/labeled", 4), ("sketch/labeled", 2), ("sketch/unlabeled", 2),
     ]  # fmt: skip
@@ -176,6 +176,22 @@ def test_shots_leave_the_rest_unlabeled_and_hold_validation_to_the_budget(images
     few = both(images, image_spec, fraction=0.5).describe()[1]
     assert few["train_labels"] == pytest.approx(few["train"] / 2, abs=2)
     assert few["val_labels"] == 0
+
+
+def test_a_method_gets_source_rows_with_their_labels_or_without(images, image_spec):
+    without = DomainData(images, "photo", "sketch", train_on="target", batch_size=8)
+    without.bind(image_spec)
+    without.include("source", labels=False)
+    assert [(p.name, p.labeled, p.quota) for p in without.pools()] == [
+        ("photo/unlabeled", False, 4), ("sketch/labeled", True, 4),
+    ]  # fmt: skip
+    assert without.training_domains == ("sketch",)
+    batch = next(iter(without.train_dataloader()))
+    assert (batch.labeled == (batch.domains == 1)).all()
+    assert (batch.targets[~batch.labeled] == -1).all()
+    without.include("source")
+    assert [(p.name, p.labeled) for p in without.pools()] == [("photo/labeled", True), ("sketch/labeled", True)]
+    assert set(without.training_domains) == {"photo", "sketch"}
 
 
 def test_a_leg_inherits_splits_and_refuses_other_data(images, image_spec):
