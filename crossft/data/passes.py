@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossft.data.collate import Collate
 from crossft.data.dataset import Item
 from crossft.data.loader import eval_loaders, place
 from crossft.data.module import DomainData
 from crossft.data.prepare import first_rows
 from crossft.data.sampler import EVALUATION, Key
-from crossft.data.collate import Collate
 from crossft.errors import ConfigError
 from crossft.types import Batch, Role
 
 __all__ = ["batch_of", "one_pass", "training_rows"]
 
 
-def training_rows(data: DomainData, role: Role, labeled: bool = False, limit: int | None = None) -> dict[int, NDArray[np.int64]]:
+def training_rows(
+    data: DomainData, role: Role, labeled: bool = False, limit: int | None = None
+) -> dict[int, NDArray[np.int64]]:
     """Dataset rows of the training split of every domain with a role, by domain id.
 
     Args:
@@ -45,7 +48,7 @@ def training_rows(data: DomainData, role: Role, labeled: bool = False, limit: in
     if limit is not None and limit < total:
         chosen = np.random.default_rng(0).permutation(total)[:limit]
         ends = np.cumsum([0, *map(len, found.values())])
-        parts = [np.sort(chosen[(chosen >= a) & (chosen < b)] - a) for a, b in zip(ends[:-1], ends[1:])]
+        parts = [np.sort(chosen[(chosen >= a) & (chosen < b)] - a) for a, b in pairwise(ends)]
         found = {n: rows[part] for (n, rows), part in zip(found.items(), parts) if len(part)}
     return found
 

@@ -101,10 +101,14 @@ class Attachments(nn.Module):
             state = module.state_dict()
             constant = {k: state.pop(k) for k in getattr(module, "constants", ()) if k in state}
             if constant and self.anchors is not None:
-                saved[name] = {"state": dict(state), "anchors": self.anchors.put(name, constant)}
+                saved[name] = {"state": dict(state), "anchors": self._put(name, module, constant)}
             else:
                 saved[name] = {"state": {**state, **constant}}
         return saved
+
+    def _put(self, name: str, module: nn.Module, constant: dict[str, Tensor]) -> Any:
+        """Store constant tensors, with what the module says of them (``metadata``, text by key) in the header."""
+        return self.anchors.put(name, constant, getattr(module, "metadata", None))
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore what ``save`` returned.

@@ -30,13 +30,19 @@ class Anchors:
         self.folder, self.write = folder, write
         self._known: dict[str, dict[str, str]] = {}
 
-    def put(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """Write a method's tensors, once, and return the reference that a checkpoint keeps."""
+    def put(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, str]:
+        """Write a method's tensors, once, and return the reference that a checkpoint keeps.
+
+        Args:
+            name: of the file: the method's, or one that begins with it.
+            tensors: what to write.
+            metadata: what the file's header says of them.
+        """
         if name not in self._known:
             path = self.folder / f"{name}.safetensors"
             if self.write:
                 with replacing(path) as temporary:
-                    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+                    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
             self._known[name] = {"file": path.name, "sha256": sha256(path) if self.write else ""}
         return self._known[name]
 

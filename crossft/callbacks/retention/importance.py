@@ -1,0 +1,259 @@
+"""Importance of the backbone's weights for a role's data: measured, saved with provenance, carried to later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from crossft.backbones.batchnorm import set_domains
+from crossft.data.passes import one_pass, training_rows
+from crossft.errors import CheckpointError, ConfigError
+from crossft.functional.importance import FisherLabels, check_labels, fisher_cotangents, mas_cotangents
+from crossft.functional.modes import evaluating
+from crossft.functional.per_sample import GradientPowers
+from crossft.runs import RunFolder, replacing
+from crossft.tasks import Task
+from crossft.types import Batch, Role
+
+__all__ = ["Importance", "Measure", "carried", "hash_of"]
+
+Values = dict[str, Tensor]
+IMPORTANCE = "importance:"
+"""What the keys of importance begin with in a file; a parameter's name follows. A run's anchors keep them so too."""
+
+
+@dataclass
+class Importance:
+    """One non-negative number a weight, in float32, with where it comes from.
+
+    Attributes:
+        values: by parameter name within the backbone.
+        provenance: plain values: kind, labels, rows, domains, data (fingerprint), weights (hash).
+    """
+
+    values: Values
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all, with the provenance in its header."""
+        tensors = {IMPORTANCE + n: v.detach().cpu().contiguous() for n, v in self.values.items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, self.header)
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The provenance as it stands in a file."""
+        return {"importance": json.dumps(self.provenance)}
+
+    @classmethod
+    def load(cls, path: Path | str) -> Importance:
+        """Read what ``save`` wrote, or what a run keeps under ``anchors/``.
+
+        Raises:
+            CheckpointError: the file is missing, not safetensors, or holds no importance.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                names = [k for k in file.keys() if k.startswith(IMPORTANCE)]  # noqa: SIM118
+                values = {k.removeprefix(IMPORTANCE).replace("/", "."): file.get_tensor(k) for k in names}
+                provenance = json.loads((file.metadata() or {}).get("importance", "{}"))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"importance={path} cannot be read as importance: {error}") from error
+        if not values:
+            raise CheckpointError(f"importance={path} holds no importance; give the anchors/NAME.safetensors of a run")
+        return cls(values, provenance)
+
+    def fit_to(self, parameters: Mapping[str, nn.Parameter], path: Path | str) -> Values:
+        """The values for these parameters.
+
+        Raises:
+            CheckpointError: a parameter is missing, or has another shape.
+        """
+        for name, parameter in parameters.items():
+            if name not in self.values or self.values[name].shape != parameter.shape:
+                found = tuple(self.values[name].shape) if name in self.values else "missing"
+                raise CheckpointError(
+                    f"importance={path}: {name} is {found}, the backbone's is {tuple(parameter.shape)}; "
+                    "measure it for this backbone (importance: null)"
+                )
+        return {name: self.values[name].to(p.device) for name, p in parameters.items()}
+
+
+def hash_of(module: nn.Module) -> str:
+    """Hash (16 hex digits) over a module's parameters and buffers."""
+    state = hashlib.blake2b(digest_size=8)
+    for name, tensor in module.state_dict().items():
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def carried(task: Task, name: str, required: bool = True) -> Path | None:
+    """What the run that this one starts from has left of a method's importance under its name.
+
+    Args:
+        task: its anchors say where this run's folder is.
+        name: the method's.
+        required: whether it is an error that the other run has left none.
+
+    Returns:
+        The file; None where this run starts from no other, or keeps no run folder.
+
+    Raises:
+        ConfigError: the other run has left none.
+    """
+    anchors = task.attachments.anchors
+    if anchors is None or not (folder := RunFolder(anchors.folder.parent)).summary_file.is_file():
+        return None
+    parent = folder.summary().get("parent")
+    if not parent:
+        return None
+    files = [RunFolder.open(parent).anchors / f"{stem}.safetensors" for stem in (f"{name}.final", name)]
+    for file in files:
+        if file.is_file():
+            return file
+    if not required:
+        return None
+    raise ConfigError(
+        f"methods.{name} carries importance from the run before, and {parent} has none under that name; name the "
+        f"method there too (source_leg.methods.{name}), or give a file (methods.{name}.importance)"
+    )
+
+
+class _Outputs(nn.Module):
+    """Backbone and head as a function of one domain's inputs, [b, k]; owns nothing."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, domain: int) -> None:
+        super().__init__()
+        self.backbone, self.head, self.domain = backbone, head, domain
+
+    def forward(self, rows: Mapping[str, Tensor]) -> Tensor:
+        first = next(iter(rows.values()))
+        set_domains(self.backbone, torch.full((len(first),), self.domain, device=first.device))
+        out: Tensor = self.head(self.backbone(rows).features)
+        return out
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How importance is measured; ``run`` measures it at the task's weights of now.
+
+    Attributes:
+        kind: ``fisher`` or ``mas``.
+        labels: whose labels the Fisher reads (see ``FisherLabels``).
+        draws: labels drawn a row by ``sampled``.
+        samples: rows read; None reads all.
+        chunk: rows at a time; bounds the memory (see ``GradientPowers``).
+        role: whose training split is read.
+    """
+
+    kind: Literal["fisher", "mas"] = "fisher"
+    labels: FisherLabels = "exact"
+    draws: int = 1
+    samples: int | None = None
+    chunk: int = 16
+    role: Role = "source"
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "chunk", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        check_labels(self.labels, "multiclass")
+
+    def run(self, task: Task, data: Any) -> Importance:
+        """One pass over the role's training split, unaugmented: the mean over rows, all-reduced over processes.
+
+        The heads are left out, whatever shares their parameters with the backbone too; parameters that do not train
+        now are measured as well, since a later phase may thaw them. Modes, buffers, gradients and generators are left
+        as they were.
+
+        Raises:
+            ConfigError: the label mode is not defined for the data's labels, or the data lacks the role.
+        """
+        rows = training_rows(data, self.role, labeled=self.labels == "empirical", limit=self.samples)
+        heads = {id(p) for p in task.heads.parameters()}
+        named = {n: p for n, p in task.backbone.named_parameters() if id(p) not in heads and p.is_floating_point()}
+        totals = {n: torch.zeros(p.shape, device=p.device) for n, p in named.items()}
+        count = torch.zeros((), device=task.device)
+        with evaluating(task):
+            for number, own in rows.items():
+                count += self._add_domain(task, data, number, own, named, totals)
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (count, *totals.values()):
+                dist.all_reduce(tensor)
+        values = {n: t / count for n, t in totals.items()}
+        provenance = {
+            "kind": self.kind,
+            "labels": self.labels if self.kind == "fisher" else None,
+            "draws": self.draws if self.labels == "sampled" else None,
+            "rows": int(count),
+            "domains": [task.domains[n].name for n in rows],
+            "data": data.fingerprint,
+            "weights": hash_of(task.backbone),
+        }
+        return Importance(values, provenance)
+
+    def _add_domain(
+        self, task: Task, data: Any, number: int, rows: Any, named: Mapping[str, nn.Parameter], totals: Values
+    ) -> int:
+        """Add one domain's rows of this process to ``totals``; return their number."""
+        domain = task.domains[number]
+        if self.kind == "fisher":
+            check_labels(self.labels, domain.kind)
+        model = _Outputs(task.backbone, task.heads[task.head_keys[domain.name]], number)
+        own = {f"backbone.{n}": p for n, p in named.items()}
+        powers = GradientPowers(model, own, power=2 if self.kind == "fisher" else 1)
+        seen = 0
+        for batch in self._chunks(one_pass(data, {number: rows}, self.chunk), task.device):
+            logits = powers.outputs(batch.inputs)
+            powers.add(dict(batch.inputs), self._cotangents(logits, batch, domain.kind))
+            seen += len(batch)
+        set_domains(task.backbone, None)
+        for name in named:
+            totals[name] += powers.sums[f"backbone.{name}"]
+        return seen
+
+    def _chunks(self, batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+        """The batches without padding rows, on the device; empty ones are left out."""
+        for batch in batches:
+            batch = batch.to(device)
+            keep = batch.domains >= 0
+            if bool(keep.all()):
+                yield batch
+            elif bool(keep.any()):
+                yield _kept(batch, keep)
+
+    def _cotangents(self, logits: Tensor, batch: Batch, kind: Any) -> Tensor:
+        if self.kind == "mas":
+            return mas_cotangents(logits)
+        uniform = self._uniform(batch.sample_ids, logits) if self.labels == "sampled" else None
+        return fisher_cotangents(logits, kind, self.labels, batch.targets, uniform)
+
+    def _uniform(self, sample_ids: Tensor, logits: Tensor) -> Tensor:
+        """[draws, b, k]: each row's numbers come from its sample id alone, so no batching or process moves them."""
+        drawn = []
+        for sample in sample_ids.tolist():
+            generator = torch.Generator().manual_seed(sample)
+            drawn.append(torch.rand(self.draws, logits.shape[1], generator=generator).clamp(1e-6, 1.0 - 1e-6))
+        return torch.stack(drawn, 1).to(logits.device)
+
+
+def _kept(batch: Batch, keep: Tensor) -> Batch:
+    return Batch(
+        inputs={k: v[keep] for k, v in batch.inputs.items()},
+        targets=batch.targets[keep],
+        labeled=batch.labeled[keep],
+        domains=batch.domains[keep],
+        sample_ids=batch.sample_ids[keep],
+    )

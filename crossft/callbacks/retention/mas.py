@@ -1,0 +1,34 @@
+"""MAS: memory aware synapses (Aljundi et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossft.callbacks.retention.importance import Importance, Measure
+from crossft.callbacks.retention.quadratic import QuadraticMethod
+from crossft.tasks import Task
+
+__all__ = ["MAS"]
+
+
+class MAS(QuadraticMethod):
+    """Memory aware synapses (Aljundi et al. 2018, eq. 3 and 5): weights that move the outputs stay.
+
+    Importance is the mean over source rows of |d ||f(x)||^2 / dw|, f the logits of the source's head, gradients per
+    row; no label is read. The penalty is weight/2 * sum of importance * (w - w0)^2 (the paper has no 1/2).
+
+    Args:
+        weight: twice the paper's lambda (1 there, section 5).
+        samples: source rows read; null reads all.
+        chunk: rows at a time; bounds the memory.
+    """
+
+    reads_source = "unlabeled"
+
+    def __init__(self, weight: float = 2.0, samples: int | None = 1000, chunk: int = 16) -> None:
+        super().__init__(weight)
+        self.measure = Measure("mas", samples=samples, chunk=chunk)
+
+    def importance_for(self, task: Task, data: Any) -> Importance:
+        """Measure it on the source."""
+        return self.measure.run(task, data)

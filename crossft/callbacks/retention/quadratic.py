@@ -1,0 +1,137 @@
+"""Quadratic penalties: every weight is held at its starting point by its own importance. EWC, MAS and SI share them."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from crossft.callbacks.base import MethodCallback
+from crossft.callbacks.retention.importance import IMPORTANCE, Importance
+from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.tasks import Task
+from crossft.types import WeightPenalty
+
+__all__ = ["QuadraticMethod", "QuadraticPenalty"]
+
+ANCHOR = "anchor:"
+
+
+class QuadraticPenalty(WeightPenalty):
+    """weight/2 * sum of F_i (w_i - w_i^0)^2, outside the autograd graph, once an optimizer step.
+
+    Anchors are the weights at construction, importance is zero until ``fill``. Both are constants: stored once a run.
+    Memory: anchors in the weights' dtype, importance in float32; a step holds one more copy of what trains for the
+    time of the call.
+
+    Args:
+        parameters: by name within the backbone.
+
+    Attributes:
+        ready: whether ``fill`` was called, in this run or before a resume.
+        provenance: of the importance.
+    """
+
+    ready: Tensor
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.named = dict(parameters)
+        self.provenance: dict[str, Any] = {}
+        for name, parameter in self.named.items():
+            key = name.replace(".", "/")
+            self.register_buffer(ANCHOR + key, parameter.detach().clone())
+            self.register_buffer(IMPORTANCE + key, torch.zeros(parameter.shape, device=parameter.device))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the buffers that never change during a run."""
+        return tuple(n for n, _ in self.named_buffers() if n.startswith((ANCHOR, IMPORTANCE)))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of the stored constants says."""
+        return {"importance": json.dumps(self.provenance)}
+
+    def importance_of(self, name: str) -> Tensor:
+        """Importance of a parameter."""
+        return self.get_buffer(IMPORTANCE + name.replace(".", "/"))
+
+    def anchor_of(self, name: str) -> Tensor:
+        """Starting point of a parameter."""
+        return self.get_buffer(ANCHOR + name.replace(".", "/"))
+
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        """Set the importance of every parameter."""
+        for name in self.named:
+            self.importance_of(name).copy_(values[name])
+        self.provenance = dict(provenance)
+        self.ready.fill_(True)
+
+    def _training(self) -> tuple[list[nn.Parameter], list[Tensor], list[Tensor]]:
+        names = [n for n, p in self.named.items() if p.requires_grad]
+        weights = [self.named[n] for n in names]
+        return weights, [self.anchor_of(n) for n in names], [self.importance_of(n) for n in names]
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """1/2 sum of F (w - w0)^2 over what trains, a scalar in float32."""
+        terms = [0.5 * ((w.float() - a.float()).square() * f).sum() for w, a, f in zip(*self._training(), strict=True)]
+        return torch.stack(terms).sum() if terms else torch.zeros((), device=self.ready.device)
+
+    @torch.no_grad()
+    def add_grad_(self, weight: float) -> None:
+        """Add weight * F (w - w0) to the gradients of what trains."""
+        weights, anchors, importance = self._training()
+        if weight == 0.0 or not weights:
+            return
+        for parameter in weights:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        pull = torch._foreach_sub(weights, anchors)  # type: ignore[arg-type]
+        torch._foreach_mul_(pull, importance)
+        torch._foreach_add_([p.grad for p in weights if p.grad is not None], pull, alpha=weight)
+
+
+class QuadraticMethod(MethodCallback):
+    """Base of the methods whose penalty is quadratic. The importance is found when the fit starts, unless resumed.
+
+    That is after a checkpoint was restored, so a resumed run takes the importance it was saved with; and on the
+    training device.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, then attach."""
+        if stage == "fit":
+            refuse_sharded(trainer, self.name)
+        super().setup(trainer, pl_module, stage)
+
+    def build(self, task: Task) -> WeightPenalty:
+        """Anchor the backbone at its weights of now, those the leg starts from; a weight shared with a head is left."""
+        heads = {id(p) for p in task.heads.parameters()}
+        return QuadraticPenalty({n: p for n, p in task.backbone.named_parameters() if id(p) not in heads})
+
+    def penalty(self, task: Task) -> QuadraticPenalty:
+        """The penalty that was attached."""
+        found = task.attachments.penalties[self.name]
+        assert isinstance(found, QuadraticPenalty)
+        return found
+
+    @abstractmethod
+    def importance_for(self, task: Task, data: Any) -> Importance:
+        """The importance this leg starts with."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the importance, once a run."""
+        assert isinstance(pl_module, Task)
+        penalty = self.penalty(pl_module)
+        if not bool(penalty.ready):
+            found = self.importance_for(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            penalty.fill(found.fit_to(penalty.named, self.name), found.provenance)
