@@ -6,11 +6,11 @@ from typing import Any
 
 from crossft.cli.launch import Launch
 from crossft.cli.leg import measure
-from crossft.cli.saved import Saved, open_run, take_option
+from crossft.cli.saved import Saved, open_run, read_splits, take_option
 from crossft.cli.screen import print_table
 from crossft.data import DomainData
 from crossft.errors import ConfigError
-from crossft.runs import read_json, write_json
+from crossft.runs import write_json
 
 __all__ = ["prepared_like", "run"]
 
@@ -43,8 +43,8 @@ def prepared_like(saved: Saved, keep_splits: bool) -> DomainData:
         config.labels = list(domains[0].labels)
         config.kind = domains[0].kind
     data: DomainData = saved.settings.build("data").data
-    if keep_splits and saved.folder.splits.is_file():
-        data.use_manifest(read_json(saved.folder.splits))
+    if keep_splits and (splits := read_splits(saved.folder)) is not None:
+        data.use_manifest(splits)
     data.prepare()
     if [(d.name, d.space) for d in data.domains] != [(d.name, d.space) for d in domains]:
         raise ConfigError(

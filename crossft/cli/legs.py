@@ -15,12 +15,13 @@ from crossft.cli.leg import Leg
 from crossft.cli.loggers import wandb_id
 from crossft.cli.parser import Settings
 from crossft.cli.safety import take_allowed
+from crossft.cli.saved import read_splits
 from crossft.cli.screen import quiet_lightning
 from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError, RunError
 from crossft.metrics import primary_metric
-from crossft.runs import RunFolder, config_hash, read_json, run_id, write_atomic, write_json
+from crossft.runs import RunFolder, config_hash, run_id, write_atomic, write_json
 from crossft.tasks.evaluation import display_names
 
 __all__ = ["Chain", "run", "source_settings"]
@@ -146,12 +147,9 @@ class Chain:
         """The splits of the leg this one starts from."""
         if source_data is not None:
             return source_data.split_manifest()
-        if self.folder is not None and self.folder.splits.is_file():
-            return dict(read_json(self.folder.splits))
-        if self.init is not None:
-            splits = RunFolder(self.init.parent.parent).splits
-            return dict(read_json(splits)) if splits.is_file() else None
-        return None
+        if self.folder is not None:
+            return read_splits(self.folder)
+        return read_splits(RunFolder(self.init.parent.parent)) if self.init is not None else None
 
     # -- the first process decides ------------------------------------------------------------------------------
 

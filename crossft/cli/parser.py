@@ -52,7 +52,17 @@ def translated(message: str) -> ConfigError:
     wrong = [line.strip(" -") for line in message.splitlines()]
     wrong = [line for line in dict.fromkeys(wrong) if line and not _BOILERPLATE.match(line)]
     value = f"={given.group(1)}" if given and "NestedArg" not in given.group(1) else ""
-    return ConfigError(f"{key}{value}: {'; '.join(wrong) or 'cannot be read'}"[:1500])
+    text = "; ".join(wrong) or " ".join(message.split()) or "cannot be read"
+    for pattern, plain in _WORDS:
+        text = re.sub(pattern, plain, text)
+    return ConfigError(f"{key}{value}: {text}"[:1500])
+
+
+_WORDS = (
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"typing\.Literal\[([^\]]*)\]", r"value among \1"),
+    (r"\bconfiguration: ", ""),
+)
 
 
 _BOILERPLATE = re.compile(

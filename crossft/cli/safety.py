@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -35,6 +36,9 @@ ALLOWED = (
 """Packages and containers that a class path may lie in; ``--allow PACKAGE`` adds one for one command."""
 
 
+_granted: set[str] = set()
+
+
 def take_allowed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split ``--allow PACKAGE`` off the command line; nowhere else can a package be allowed.
 
@@ -63,9 +67,16 @@ def take_allowed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def deny_by_default(packages: Sequence[str] = ()) -> None:
-    """Let configs import from ``ALLOWED`` and ``packages`` only, and read local files only."""
+    """Let configs import from ``ALLOWED`` and ``packages`` only, and read local files only.
+
+    What an earlier command of this process was allowed is taken back.
+    """
+    if "jsonargparse" in {package.split(".")[0] for package in packages}:
+        raise ConfigError("--allow jsonargparse would let a config lift these limits; it cannot be allowed")
+    withdrawn = _granted - set(packages)
+    _granted.update(packages)
     set_parsing_settings(
-        import_path_denylist=["*"],
+        import_path_denylist=["*", *sorted(withdrawn)],
         import_path_allowlist=[*ALLOWED, *packages],
         instantiate_subclass_spec_in_any=False,
         config_read_mode_fsspec_enabled=False,
@@ -76,22 +87,42 @@ def deny_by_default(packages: Sequence[str] = ()) -> None:
 def check_values(config: Any, packages: Sequence[str] = ()) -> None:
     """Refuse functions among the parsed values: an allowed package also holds loaders and shells.
 
-    A class path must name a class of the type that its argument asks for (jsonargparse checks that); a bare function
-    fits every ``Callable`` argument, so none is accepted, from whichever allowed package, unless the user named the
-    package with ``--allow``.
+    A class path must name a class; where its argument has a type, jsonargparse checks that the class is of that type.
+    A bare function fits every ``Callable`` argument, so none is accepted from whichever allowed package, unless the
+    user named the package with ``--allow``.
 
     Raises:
-        UnsafeConfigError: a value is a function, method or module.
+        UnsafeConfigError: a value is a function, method or module, or a class path names none of the allowed classes.
     """
     for name, value in _leaves(config, ""):
+        if name.endswith("class_path") and isinstance(value, str):
+            value = _named(name, value, packages)
         if inspect.isroutine(value) or inspect.ismodule(value):
             module = str(getattr(value, "__module__", None) or getattr(value, "__name__", ""))
-            if not any(module == p or module.startswith(f"{p}.") for p in packages):
+            if not _within(module, packages):
                 path = f"{module}.{getattr(value, '__qualname__', value)}"
                 raise UnsafeConfigError(
                     f"{name}={path} names a function; a config may only name classes of the type that the argument "
                     "asks for. Write a class with these arguments, and allow its package with --allow PACKAGE"
                 )
+
+
+def _within(path: str, packages: Sequence[str]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
+
+
+def _named(name: str, path: str, packages: Sequence[str]) -> Any:
+    """What a class path names; nothing outside the allowed packages is imported for it."""
+    if not _within(path, [*ALLOWED, *packages]):
+        raise UnsafeConfigError(
+            f"{name}: {path!r} lies outside the packages a config may name; if you trust it, add "
+            f"--allow {path.split('.')[0]} to the command line"
+        )
+    module, _, last = path.rpartition(".")
+    try:
+        return getattr(import_module(module), last)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name}={path!r} names nothing: {error}; check the spelling") from error
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,10 @@ from crossft.cli.parser import Settings
 from crossft.cli.screen import quiet_lightning
 from crossft.cli.weights import checkpoint_of, load_weights
 from crossft.errors import CheckpointError, ConfigError, RunError
-from crossft.runs import RunFolder
+from crossft.runs import RunFolder, read_json
 from crossft.tasks import Task
 
-__all__ = ["Saved", "open_run", "take_option"]
+__all__ = ["Saved", "open_run", "read_splits", "take_option"]
 
 
 @dataclass
@@ -63,6 +63,22 @@ def open_run(command: str, arguments: Sequence[str]) -> Saved:
     if set(task.heads) != loaded:
         raise CheckpointError(f"{checkpoint} lacks the head of {', '.join(sorted(set(task.heads) - loaded))}")
     return Saved(folder, checkpoint, settings, task.eval())
+
+
+def read_splits(folder: RunFolder) -> dict[str, dict[str, list[int]]] | None:
+    """The splits a run was made with, or None where it kept none.
+
+    Raises:
+        RunError: the file holds anything but domain -> split -> sample ids.
+    """
+    if not folder.splits.is_file():
+        return None
+    found = read_json(folder.splits)
+    parts = list(found.values()) if isinstance(found, dict) else [None]
+    lists = [ids for part in parts for ids in (part.values() if isinstance(part, dict) else [None])]
+    if not all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in lists):
+        raise RunError(f"{folder.splits} does not hold sample ids by domain and split; restore the file")
+    return dict(found)
 
 
 def take_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:

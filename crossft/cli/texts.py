@@ -10,7 +10,7 @@ COMMANDS = {
     "predict": ("predict", "write predictions for files, a folder or a table as CSV or Parquet"),
     "export": ("export", "write a run's backbone as a plain timm state or a transformers folder"),
     "inspect": ("inspect", "print the stages of a config's model, with parameter counts"),
-    "list": ("list", "list the methods, backbones or tasks, with the paper each"),
+    "list": ("catalog", "list the methods, backbones or tasks, with the paper each"),
     "compare": ("compare", "put runs side by side: gain and retention with confidence intervals"),
 }
 """Each command's module, and what it is for."""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from crossft.cli import main
-from crossft.cli.list import found
+from crossft.cli.catalog import found
 from crossft.cli.saved import open_run
 from crossft.data.images import eval_transform
 from crossft.runs import RunFolder
@@ -119,9 +119,10 @@ def test_compare_leaves_the_source_leg_out(runs: Path, tmp_path: Path, capsys) -
 LIGHT = """
 import sys
 from crossft.cli import main
-for words in (["--help"], ["list", "--help"], ["list", "methods"], ["resume", "--help"], ["predict", "--help"], ["nope"]):
-    main(words)
-print(sorted({"torch", "lightning", "pandas", "transformers", "timm", "jsonargparse"} & set(sys.modules)), file=sys.stderr)
+for line in ("--help", "list --help", "list methods", "resume --help", "predict --help", "nope"):
+    main(line.split())
+heavy = {"torch", "lightning", "pandas", "transformers", "timm", "jsonargparse"}
+print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
 
 
