@@ -97,6 +97,11 @@ class LateInputs(Mapping[str, Tensor]):
             return self._load(positions)
         return {k: v[list(positions)] for k, v in self._loaded.items()}
 
+    @property
+    def loaded(self) -> bool:
+        """Whether somebody has read them."""
+        return self._loaded is not None
+
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> LateInputs:
         """The same inputs with ``fn`` applied to each tensor when it is loaded."""
         return LateInputs(lambda positions: {k: fn(v) for k, v in self.take(positions).items()}, self._rows)
@@ -312,6 +317,12 @@ class LossTerm(nn.Module, ABC):
     needs_tokens: bool = False
     """Whether it reads ``tokens`` of a step; they may be None where no term does."""
     trains_source_head: bool = False
+    transforms_batch: bool = False
+    """Whether it rewrites a training batch before the forward; at most one term of a run does."""
+
+    def transform(self, batch: Batch) -> Batch:
+        """Return the batch to train on; called where ``transforms_batch`` is set and the weight is not 0."""
+        return batch
 
     @abstractmethod
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:

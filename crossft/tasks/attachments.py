@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crossft.errors import CheckpointError, ConfigError
-from crossft.types import HasBackbone, LossTerm, StepOutput, WeightPenalty
+from crossft.types import Batch, HasBackbone, LossTerm, StepOutput, WeightPenalty
 
 __all__ = ["Attachments"]
 
@@ -33,11 +33,15 @@ class Attachments(nn.Module):
         """Attach a method under its name.
 
         Raises:
-            ConfigError: the name is taken, or the method is neither a loss term nor a weight penalty.
+            ConfigError: the name is taken, the method is neither a loss term nor a weight penalty, or a second one
+                that rewrites the batch.
         """
         if name in self.weights:
             raise ConfigError(f"methods.{name} is attached twice; every method needs a name of its own")
         if isinstance(method, LossTerm):
+            other = next((n for n, term in self.named_terms() if term.transforms_batch), None)
+            if method.transforms_batch and other is not None:
+                raise ConfigError(f"methods.{name} and methods.{other} both rewrite the batch; set one of them to null")
             self.terms[name] = method
         elif isinstance(method, WeightPenalty):
             self.penalties[name] = method
@@ -67,6 +71,13 @@ class Attachments(nn.Module):
     def trains_source_head(self) -> bool:
         """Whether any attached term trains the source's own head."""
         return any(term.trains_source_head for _, term in self.named_terms())
+
+    def transform(self, batch: Batch, progress: float) -> Batch:
+        """The batch to train on, rewritten by the one term that does so, unless its weight is 0."""
+        for name, term in self.named_terms():
+            if term.transforms_batch and self.weight(name, progress) != 0:
+                return term.transform(batch)
+        return batch
 
     def add_terms(self, loss: Tensor, step: StepOutput, model: HasBackbone) -> tuple[Tensor, dict[str, Tensor]]:
         """Add every term times its weight to the task loss, in name order; return the sum and the raw values."""

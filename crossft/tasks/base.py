@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from crossft.backbones import Backbone
-from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, batch_norms, reestimate_, set_domains
+from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, reestimate_, set_domains
 from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
@@ -188,7 +188,7 @@ class Task(LightningModule):
                 f"data and clock are out of step: the batch belongs to optimizer step {batch.step}, "
                 f"the trainer is at {self.trainer.global_step}; rows would be skipped or repeated"
             )
-        step = self.model_step(batch)
+        step = self.model_step(self.attachments.transform(batch, self.progress))
         quota = batch.labeled_quota or float(max(1, len(batch)))
         task_loss = step.per_sample_loss.sum() / quota
         loss, values = self.attachments.add_terms(task_loss, step, self)
@@ -242,11 +242,15 @@ class Task(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``DOMAIN/val/METRIC``."""
-        self.log_dict(self.evaluation.compute("val", self.all_gather), rank_zero_only=False, batch_size=1)
+        self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
         """Log ``DOMAIN/test/METRIC``."""
-        self.log_dict(self.evaluation.compute("test", self.all_gather), rank_zero_only=False, batch_size=1)
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: Literal["val", "test"]) -> None:
+        metrics = self.evaluation.compute(split, lambda seen: self.trainer.strategy.reduce(seen, reduce_op="sum"))
+        self.log_dict(metrics, batch_size=1, sync_dist=self.trainer.world_size > 1)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Sample ids and predictions of the batch's rows, padding left out."""
@@ -390,8 +394,3 @@ class Task(LightningModule):
         """Restore the attached terms; only when fitting."""
         if self.trainer.state.fn == "fit":
             self.attachments.load(checkpoint.get("terms", {}))
-
-    @property
-    def has_batch_statistics(self) -> bool:
-        """Whether any BatchNorm normalizes with batch statistics while training."""
-        return any(m.training for m in batch_norms(self.backbone)) if self.training else False
