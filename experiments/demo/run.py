@@ -49,19 +49,19 @@ ARMS: dict[str, list[str]] = {
 BASELINE = "source-only"
 
 
-def command(arm: str, seed: int, out: Path) -> list[str]:
+def command(arm: str, seed: int, out: Path, data: Path) -> list[str]:
     """The arguments of one run's `crossft fit`."""
     place = [f"--arm={arm}", f"--seed_everything={seed}", f"--run.dir={out / f'{arm}-s{seed}'}"]
-    domains = [f"--data.root={out / 'data'}", f"--data.source={SOURCE}", f"--data.target={TARGET}"]
+    domains = [f"--data.root={data}", f"--data.source={SOURCE}", f"--data.target={TARGET}"]
     return ["fit", *ARMS[arm], *COMMON, *domains, *place, f"--run.root={out.parent}"]
 
 
-def run(arm: str, seed: int, out: Path) -> str | None:
+def run(arm: str, seed: int, out: Path, data: Path) -> str | None:
     """Run one arm and seed in this process, its output in a log; return None, or why it failed."""
     from crossft.cli import main
     from crossft.runs import RunFolder
 
-    words = command(arm, seed, out)
+    words = command(arm, seed, out, data)
     folder, log = RunFolder(out / f"{arm}-s{seed}"), out / "logs" / f"{arm}-s{seed}.log"
     line = f"crossft {shlex.join(words)}\n"
     if folder.summary_file.exists():
@@ -78,14 +78,14 @@ def run(arm: str, seed: int, out: Path) -> str | None:
     return f"exit code {code}; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-5:]) if code else None
 
 
-def run_all(arms: Sequence[str], seeds: int, out: Path, workers: int) -> bool:
+def run_all(arms: Sequence[str], seeds: int, out: Path, data: Path, workers: int) -> bool:
     """Run every arm and seed, `workers` at a time, a line for each; return whether all finished."""
     from crossft.runs import RunFolder
 
     started, failed = time.monotonic(), 0
     jobs = [(arm, seed) for arm in arms for seed in range(seeds)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(run, arm, seed, out): (arm, seed) for arm, seed in jobs}
+        waiting = {pool.submit(run, arm, seed, out, data): (arm, seed) for arm, seed in jobs}
         for number, done in enumerate(as_completed(waiting), 1):
             arm, seed = waiting[done]
             problem = repr(done.exception()) if done.exception() else done.result()
@@ -140,11 +140,10 @@ def main() -> int:
     from make_data import contact_sheet, make_data
 
     started = time.monotonic()
-    print(f"writing {args.images} images a domain to {out / 'data'}")
-    make_data(out / "data", args.images)
-    print(f"domains: {contact_sheet(out / 'data', out / 'domains.png')}")
+    data = make_data(out / f"data-{args.images}", args.images)
+    print(f"{args.images} images a domain in {data}; a look at them: {contact_sheet(data, out / 'domains.png')}")
     print(f"{len(ARMS)} arms x {args.seeds} seeds, {SOURCE} -> {TARGET}; the first runs fit the source")
-    if not run_all(list(ARMS), args.seeds, out, args.workers):
+    if not run_all(list(ARMS), args.seeds, out, data, args.workers):
         return 1
     report(out)
     print(f"{time.monotonic() - started:.0f} s in all")
