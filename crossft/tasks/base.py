@@ -18,6 +18,7 @@ from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
+from crossft.tasks.trainability import freeze_others_, hold_frozen_
 from crossft.types import Batch, Domain, Encoded, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
 __all__ = ["Prefix", "Task"]
@@ -93,7 +94,7 @@ class Task(LightningModule):
         self.attachments = Attachments()
         self.evaluation = Evaluation(self.domains)
         self._make_optimizer = optimizer or _default_optimizer
-        self._schedule = schedule or Constant()
+        self.schedule = schedule or Constant()
         self._head_multiplier = head_multiplier
         self._layer_decay = layer_decay
         self.batchnorm: BatchNormPolicy = (
@@ -244,6 +245,11 @@ class Task(LightningModule):
         """Log ``DOMAIN/val/METRIC``."""
         self._log_evaluation("val")
 
+    def on_validation_end(self) -> None:
+        """Let a schedule that follows a metric see it."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.schedule.observe(self.trainer.callback_metrics)
+
     def on_test_epoch_end(self) -> None:
         """Log ``DOMAIN/test/METRIC``."""
         self._log_evaluation("test")
@@ -265,17 +271,7 @@ class Task(LightningModule):
         Frozen means parameters (no gradient at all), buffers, and train-mode behavior: such a stage stays in
         evaluation mode (no dropout, BatchNorm by running statistics), whatever ``train()`` is called.
         """
-        chosen = {id(p) for p in parameters}
-        frozen = set()
-        for stage in self.backbone.stages:
-            owned = stage.parameters()
-            for parameter in owned:
-                parameter.requires_grad_(id(parameter) in chosen)
-                if not parameter.requires_grad:
-                    parameter.grad = None
-            if owned and not any(p.requires_grad for p in owned):
-                frozen.add(stage.name)
-        self._frozen_stages = frozenset(frozen)
+        self._frozen_stages = freeze_others_(self.backbone.stages, parameters)
         self.train(self.training)
 
     def train_stages(self, names: Collection[str]) -> None:
@@ -300,10 +296,7 @@ class Task(LightningModule):
         super().train(mode)
         if mode:
             apply_batchnorm_policy(self.backbone, self.batchnorm, len(self.domains))
-            for stage in self.backbone.stages:
-                if stage.name in self._frozen_stages:
-                    for module in stage.modules:
-                        module.eval()
+            hold_frozen_(self.backbone.stages, self._frozen_stages)
         return self
 
     # -- life cycle --------------------------------------------------------------------------------------------
@@ -365,10 +358,10 @@ class Task(LightningModule):
                 )
             optimizer = torch.optim.AdamW(groups, lr=3e-4)
         self._total_steps = int(self.trainer.estimated_stepping_batches)
-        if type(self._schedule) is Constant and not self._schedule.warmup:
+        if type(self.schedule) is Constant and not self.schedule.warmup:
             return optimizer
         total = self._total_steps
-        scheduler = LambdaLR(optimizer, lambda step: self._schedule(step, total))
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -386,6 +379,7 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the attached terms by method name, and the domains as plain values."""
         checkpoint["terms"] = self.attachments.save()
+        checkpoint["schedule"] = self.schedule.state_dict()
         checkpoint["domains"] = [
             {"name": d.name, "role": d.role, "kind": d.kind, "labels": list(d.labels)} for d in self.domains
         ]
@@ -394,3 +388,4 @@ class Task(LightningModule):
         """Restore the attached terms; only when fitting."""
         if self.trainer.state.fn == "fit":
             self.attachments.load(checkpoint.get("terms", {}))
+            self.schedule.load_state_dict(checkpoint.get("schedule", {}))

@@ -67,10 +67,9 @@ class Evaluation(nn.Module):
         if name in self._confusion_index:
             self._confusion(name).update(predictions, targets)
 
-    def compute(self, split: str, gather: Callable[..., Any]) -> dict[str, Any]:
+    def compute(self, split: str, add_up: Callable[[Tensor], Any]) -> dict[str, Any]:
         """``DOMAIN/split/METRIC`` of every domain of which any process has seen a labeled row."""
-        total = gather(self.seen)
-        total = total.reshape(-1, *self.seen.shape).sum(0)
+        total = add_up(self.seen.clone())
         logs: dict[str, Any] = {}
         for name, index in self._index.items():
             if total[index, 0] > 0:

@@ -1,0 +1,112 @@
+"""A run that is killed and resumed ends at the bits of a run that nobody stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from crossft.callbacks.monitoring import latest_valid, load_checkpoint
+
+HERE = Path(__file__).parent
+
+
+def environment(**extra: str) -> dict[str, str]:
+    path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent.parent)])
+    return {**os.environ, "PYTHONPATH": path, **extra}
+
+
+def kill_and_resume(folder: Path, kills: int, timeout: float) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "harness.py"), str(folder), str(kills)],
+        env=environment(CROSSFT_CACHE=str(folder / "cache")),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, f"after {len(rows)} kills: {done.stderr[-4000:]}"
+    return rows
+
+
+def test_two_kills(tmp_path: Path) -> None:
+    """One vision run of two processes with workers and accumulation; one text run of two processes."""
+    rows = kill_and_resume(tmp_path, 2, 400)
+    assert len(rows) == 2
+    assert [row["difference"] for row in rows] == [None, None]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_twenty_kills(tmp_path: Path) -> None:
+    """Every cell of {vision, text} x {0, 2 workers} x {accumulation 1, 2} x {1, 2 processes}, and four more."""
+    rows = kill_and_resume(tmp_path, 20, 3500)
+    for row in rows:
+        print(row)
+    assert len(rows) == 20
+    assert len({tuple(row["cell"]) for row in rows}) == 16
+    assert [row for row in rows if row["difference"] is not None] == []
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from crossft.callbacks.monitoring import AtomicCheckpointIO
+folder, start = Path(sys.argv[1]), int(sys.argv[2])
+for step in range(start, start + 1000):
+    weights = {str(i): torch.full((500_000,), float(step)) for i in range(8)}
+    AtomicCheckpointIO().save_checkpoint({"global_step": step, "state_dict": weights}, folder / f"step-{step}.ckpt")
+    for old in folder.glob(f"step-{step - 3}.ckpt"):
+        AtomicCheckpointIO().remove_checkpoint(old)
+    print(step, flush=True)
+"""
+
+
+def kill_while_saving(folder: Path, kills: int) -> None:
+    """Kill a process that saves one checkpoint after the other, at random moments; the newest valid one loads."""
+    draw = random.Random(5)
+    memory = Path("/dev/shm")
+    temporary = tempfile.mkdtemp(dir=memory if memory.is_dir() else None)  # another file system than the checkpoints'
+    torn = start = 0
+    for _ in range(kills):
+        saver = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(folder), str(start)],
+            env=environment(TMPDIR=temporary),
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert saver.stdout is not None
+        acknowledged = int(saver.stdout.readline())  # the first save is done; some way into the next ones it dies
+        time.sleep(draw.uniform(0.0, 0.25))
+        os.killpg(saver.pid, signal.SIGKILL)
+        acknowledged = max([acknowledged, *(int(line) for line in saver.stdout.read().split() if line.isdigit())])
+        saver.wait()
+        torn += any(p.name.startswith(".tmp-") for p in folder.iterdir())
+        newest = latest_valid(folder)
+        assert newest is not None
+        loaded = load_checkpoint(newest)
+        assert loaded["global_step"] >= acknowledged
+        for weight in loaded["state_dict"].values():
+            assert (weight == loaded["global_step"]).all()
+        start = loaded["global_step"] + 1
+    assert not any(Path(temporary).iterdir())  # nothing was written elsewhere and moved
+    assert torn, "no kill hit a save; the moments are badly drawn"
+
+
+def test_three_kills_while_saving(tmp_path: Path) -> None:
+    kill_while_saving(tmp_path, 3)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_twenty_kills_while_saving(tmp_path: Path) -> None:
+    kill_while_saving(tmp_path, 20)
