@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from crossft.backbones import batch_norms
 from crossft.errors import ConfigError
 from crossft.tasks import Task
 
@@ -124,7 +125,7 @@ class SWAD(Callback):
             return
         if not isinstance(pl_module, Task):
             raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")
-        if pl_module.batchnorm in ("training", "per_domain") and pl_module.has_batch_statistics:
+        if pl_module.batchnorm in ("training", "per_domain") and batch_norms(pl_module.backbone):
             raise ConfigError(
                 f"methods.{self.name} averages weights, and BatchNorm statistics that train would not fit the average; "
                 "set model.batchnorm=frozen (the paper freezes them too)"
