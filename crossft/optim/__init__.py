@@ -1,6 +1,30 @@
 """Parameter groups and learning-rate schedules."""
 
 from crossft.optim.groups import parameter_groups
-from crossft.optim.schedules import Constant, Cosine, Linear, Schedule
+from crossft.optim.phased import Phased, set_rates_
+from crossft.optim.plateau import Plateau
+from crossft.optim.schedules import (
+    Constant,
+    Cosine,
+    InverseSqrt,
+    Linear,
+    OneCycle,
+    Schedule,
+    SlantedTriangular,
+    WarmedUp,
+)
 
-__all__ = ["Constant", "Cosine", "Linear", "Schedule", "parameter_groups"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "InverseSqrt",
+    "Linear",
+    "OneCycle",
+    "Phased",
+    "Plateau",
+    "Schedule",
+    "SlantedTriangular",
+    "WarmedUp",
+    "parameter_groups",
+    "set_rates_",
+]
