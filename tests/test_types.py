@@ -40,6 +40,30 @@ def test_lightning_moves_a_batch() -> None:
     assert move_data_to_device(batch(), torch.device("meta")).domains.device.type == "meta"
 
 
+class Pinnable:
+    """Stands for a tensor: pinning a real one needs an accelerator."""
+
+    def __init__(self) -> None:
+        self.pinned = False
+
+    def pin_memory(self) -> "Pinnable":
+        new = Pinnable()
+        new.pinned = True
+        return new
+
+
+def test_torch_pins_a_batch() -> None:
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    tensors = {name: Pinnable() for name in ("targets", "labeled", "domains", "sample_ids")}
+    old = batch(inputs={"pixel_values": Pinnable()}, **tensors)
+    new = pin_memory(old)
+    assert isinstance(new, Batch)
+    assert new is not old
+    assert all(t.pinned for t in (new.targets, new.labeled, new.domains, new.sample_ids, *new.inputs.values()))
+    assert (new.quota, new.step) == (old.quota, old.step)
+
+
 def test_mean_divides_by_the_quota_not_by_the_rows_present() -> None:
     """Two micro-batches with 3 and 1 rows of a domain, quota 2: the average of their means is the mean of 4 rows."""
     values = torch.tensor([1.0, 2.0, 6.0, 100.0])
