@@ -17,6 +17,7 @@ __all__ = [
     "Batch",
     "Domain",
     "Encoded",
+    "GradientProjection",
     "HasBackbone",
     "ImageSpec",
     "Kind",
@@ -346,6 +347,23 @@ class WeightPenalty(nn.Module, ABC):
 
         Called once per optimizer step, after the all-reduce and unscaling, before clipping.
         """
+
+
+class GradientProjection(nn.Module, ABC):
+    """A rule that changes the gradients of one optimizer step before weight penalties are added: A-GEM."""
+
+    @abstractmethod
+    def project_(self, model: HasBackbone) -> None:
+        """Change ``.grad`` of the parameters that train.
+
+        Called once per optimizer step unless the weight is 0, after the all-reduce and unscaling, in name order, on
+        every process with the same gradients; it must leave the same ones on each. A backward of its own goes through
+        ``torch.autograd.grad``, which touches neither ``.grad`` nor DDP's reducer.
+        """
+
+    def logs(self) -> dict[str, Tensor]:
+        """Detached scalars of the last step worth logging under ``term/NAME/``; read only when the step is logged."""
+        return {}
 
 
 def domain_ids(domains: Sequence[Domain], names: Sequence[str]) -> tuple[int, ...]:

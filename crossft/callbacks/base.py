@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from crossft.data.passes import training_rows
 from crossft.errors import ConfigError
 from crossft.tasks import Task
-from crossft.types import LossTerm, WeightPenalty
+from crossft.types import GradientProjection, LossTerm, WeightPenalty
 
 __all__ = ["MethodCallback", "method_seed"]
 
 
 class MethodCallback(Callback, ABC):
-    """A method that attaches one loss term or weight penalty to the task.
+    """A method that attaches one loss term, weight penalty or gradient projection to the task.
 
     ``setup("fit")`` builds and attaches it: before DDP wraps, before the optimizer is built, before a checkpoint is
     restored. It is built under an RNG of its own, seeded by the run's seed and the method's name, so that switching
@@ -47,7 +47,7 @@ class MethodCallback(Callback, ABC):
         self.name = type(self).__name__.lower()
 
     @abstractmethod
-    def build(self, task: Task) -> LossTerm | WeightPenalty:
+    def build(self, task: Task) -> LossTerm | WeightPenalty | GradientProjection:
         """Build the term; called once a fit, on every process, under the method's own RNG."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

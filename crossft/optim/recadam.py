@@ -23,10 +23,11 @@ class RecAdam(AdamW):
 
         w <- w - lr * lambda(t) * Adam(gradient) - lr * (1 - lambda(t)) * pull * (w - w0).
 
-    At lambda = 1 it is Adam. t counts the steps in which the group had a gradient. Starting points are kept by parameter, not by order (the released code pairs them by
-    ``zip``): a weight's is its value when it first gets a gradient, so what thaws late is anchored where it was frozen.
-    They are part of the optimizer's state, so a resumed run has them. Groups of heads and loss terms (``head.*``,
-    ``term.*``) have no starting point worth recalling and take plain AdamW, as in the released code.
+    At lambda = 1 it is Adam. t counts the steps in which the group had a gradient. Starting points are kept by
+    parameter, not by order (the released code pairs them by ``zip``): a weight's is its value when it first gets a
+    gradient, so what thaws late is anchored where it was frozen. They are part of the optimizer's state, so a resumed
+    run has them. Groups of heads and loss terms (``head.*``, ``term.*``) have no starting point worth recalling and
+    take plain AdamW, as in the released code.
 
     Args:
         params: parameters or groups.
@@ -88,7 +89,7 @@ class RecAdam(AdamW):
         return loss
 
     def _recall(self, group: dict[str, Any]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Pull the group's weights to their start, set the rate of Adam's own step; return the weights that start now."""
+        """Pull the group's weights to their start, set the rate of Adam's step; return the weights that start now."""
         moving: list[nn.Parameter] = [p for p in group["params"] if p.grad is not None]
         if not moving:
             return []

@@ -1,4 +1,4 @@
-"""The loss terms and weight penalties that methods have attached to a task."""
+"""The loss terms, weight penalties and gradient projections that methods have attached to a task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crossft.errors import CheckpointError, ConfigError
-from crossft.types import Batch, HasBackbone, LossTerm, StepOutput, WeightPenalty
+from crossft.types import Batch, GradientProjection, HasBackbone, LossTerm, StepOutput, WeightPenalty
 
 __all__ = ["Attachments"]
 
@@ -17,7 +17,7 @@ Weight = float | Callable[[float], float]
 
 
 class Attachments(nn.Module):
-    """Loss terms and weight penalties by method name, with their weights.
+    """Loss terms, weight penalties and gradient projections by method name, with their weights.
 
     A child module of the task, so that terms follow its device, DDP wrap and optimizer; left out of its state dict.
     """
@@ -26,15 +26,15 @@ class Attachments(nn.Module):
         super().__init__()
         self.terms = nn.ModuleDict()
         self.penalties = nn.ModuleDict()
+        self.projections = nn.ModuleDict()
         self.weights: dict[str, Weight] = {}
         self.anchors: Any = None  # where constant tensors go; None keeps them inside the checkpoint
 
-    def attach(self, name: str, method: LossTerm | WeightPenalty, weight: Weight) -> None:
+    def attach(self, name: str, method: LossTerm | WeightPenalty | GradientProjection, weight: Weight) -> None:
         """Attach a method under its name.
 
         Raises:
-            ConfigError: the name is taken, the method is neither a loss term nor a weight penalty, or a second one
-                that rewrites the batch.
+            ConfigError: the name is taken, the method is of no known kind, or a second one that rewrites the batch.
         """
         if name in self.weights:
             raise ConfigError(f"methods.{name} is attached twice; every method needs a name of its own")
@@ -45,8 +45,11 @@ class Attachments(nn.Module):
             self.terms[name] = method
         elif isinstance(method, WeightPenalty):
             self.penalties[name] = method
+        elif isinstance(method, GradientProjection):
+            self.projections[name] = method
         else:
-            raise ConfigError(f"methods.{name} built a {type(method).__name__}; allowed: LossTerm or WeightPenalty")
+            allowed = "LossTerm, WeightPenalty or GradientProjection"
+            raise ConfigError(f"methods.{name} built a {type(method).__name__}; allowed: {allowed}")
         self.weights[name] = weight
 
     def weight(self, name: str, progress: float) -> float:
@@ -88,6 +91,12 @@ class Attachments(nn.Module):
             values[name] = value.detach()
         return loss, values
 
+    def project_grads_(self, model: HasBackbone, progress: float) -> None:
+        """Let every projection whose weight is not 0 change the gradients, in name order."""
+        for name, rule in sorted(self.projections.items()):
+            if self.weight(name, progress) != 0:
+                cast(GradientProjection, rule).project_(model)
+
     def add_penalty_grads_(self, progress: float) -> None:
         """Add every penalty's weighted gradient to ``.grad``, in name order."""
         for name, penalty in self.named_penalties():
@@ -101,14 +110,14 @@ class Attachments(nn.Module):
         for name, value in raw.items():
             logs[f"term/{name}"] = value
             logs[f"term/{name}/weighted"] = self.weight(name, progress) * value
-        for name, term in self.named_terms():
-            logs |= {f"term/{name}/{key}": v for key, v in term.logs().items()}
+        for name, own in [*self.named_terms(), *sorted(self.projections.items())]:
+            logs |= {f"term/{name}/{key}": v for key, v in cast("LossTerm | GradientProjection", own).logs().items()}
         return logs
 
     def save(self) -> dict[str, Any]:
         """State of every method by name; constant tensors as references where a store for them is set."""
         saved: dict[str, Any] = {}
-        for name, module in [*self.terms.items(), *self.penalties.items()]:
+        for name, module in self._all().items():
             state = module.state_dict()
             constant = {k: state.pop(k) for k in getattr(module, "constants", ()) if k in state}
             if constant and self.anchors is not None:
@@ -116,6 +125,9 @@ class Attachments(nn.Module):
             else:
                 saved[name] = {"state": {**state, **constant}}
         return saved
+
+    def _all(self) -> dict[str, nn.Module]:
+        return {name: m for kind in (self.terms, self.penalties, self.projections) for name, m in kind.items()}
 
     def _put(self, name: str, module: nn.Module, constant: dict[str, Tensor]) -> Any:
         """Store constant tensors, with what the module says of them (``metadata``, text by key) in the header."""
@@ -127,7 +139,7 @@ class Attachments(nn.Module):
         Raises:
             CheckpointError: the checkpoint's methods are not those attached, or an anchor file is missing or changed.
         """
-        mine = {**dict(self.terms.items()), **dict(self.penalties.items())}
+        mine = self._all()
         if set(saved) != set(mine):
             raise CheckpointError(
                 f"the checkpoint holds the methods {sorted(saved)}, the run has {sorted(mine)}; "

@@ -19,7 +19,7 @@ from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
 from crossft.tasks.trainability import freeze_others_, hold_frozen_
-from crossft.types import Batch, Domain, Encoded, Kind, LossTerm, StepOutput, WeightPenalty, head_of
+from crossft.types import Batch, Domain, Encoded, GradientProjection, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
 __all__ = ["Prefix", "Task"]
 
@@ -199,7 +199,8 @@ class Task(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Add the weight penalties' gradients, in name order: once per optimizer step, all-reduced and unscaled."""
+        """Project the gradients, then add the weight penalties' own: once per optimizer step, all-reduced, unscaled."""
+        self.attachments.project_grads_(self, self.progress)
         self.attachments.add_penalty_grads_(self.progress)
 
     def configure_gradient_clipping(
@@ -301,12 +302,13 @@ class Task(LightningModule):
 
     # -- life cycle --------------------------------------------------------------------------------------------
 
-    def attach(self, name: str, method: LossTerm | WeightPenalty, weight: float) -> None:
-        """Attach a loss term or weight penalty under the method's name; called from a callback's ``setup``."""
+    def attach(self, name: str, method: LossTerm | WeightPenalty | GradientProjection, weight: float) -> None:
+        """Attach a term, penalty or projection under the method's name; called from a callback's ``setup``."""
         self.attachments.attach(name, method, weight)
-        if isinstance(method, WeightPenalty):
-            prefix = f"attachments.penalties.{name}."
-            self._ddp_params_and_buffers_to_ignore += [prefix + n for n, _ in method.named_buffers()]
+        penalty = isinstance(method, WeightPenalty)
+        same = [n for n, _ in method.named_buffers()] if penalty else list(getattr(method, "constants", ()))
+        prefix = f"attachments.{'penalties' if penalty else 'terms'}.{name}."
+        self._ddp_params_and_buffers_to_ignore += [prefix + n for n in same]
 
     def setup(self, stage: str) -> None:
         """Freeze the heads that nothing trains: a source label space that differs keeps its head as it is."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,7 +43,11 @@ class Anchors:
             path = self.folder / f"{name}.safetensors"
             if self.write:
                 with replacing(path) as temporary:
-                    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+                    save_file(
+                        {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
+                        temporary,
+                        metadata,
+                    )
             self._known[name] = {"file": path.name, "sha256": sha256(path) if self.write else ""}
         return self._known[name]
 

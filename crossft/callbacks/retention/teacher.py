@@ -1,0 +1,77 @@
+"""A frozen copy of the model a leg starts from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from crossft.backbones.batchnorm import set_domains
+from crossft.errors import ConfigError
+from crossft.tasks import Task
+from crossft.types import Batch, Encoded, LossTerm
+
+__all__ = ["Teacher", "TeacherTerm", "old_heads"]
+
+
+class Teacher(nn.Module):
+    """Backbone and some heads as they were: in evaluation mode whatever ``train()`` is called, and without gradients.
+
+    Args:
+        backbone: copied.
+        heads: copied, by key.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone)
+        self.heads = nn.ModuleDict({k: copy.deepcopy(h) for k, h in (heads or {}).items()})
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, capture: Collection[str] = ()) -> Encoded:
+        """Encode the batch's own inputs: what the student sees, augmentation and all."""
+        set_domains(self.backbone, batch.domains)
+        encoded: Encoded = self.backbone(batch.inputs, capture=capture)
+        return encoded
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> dict[str, Tensor]:
+        """[b, k] by head key."""
+        return {key: head(features) for key, head in self.heads.items()}
+
+
+class TeacherTerm(LossTerm):
+    """Base of the loss terms with a teacher; the teacher is constant, so it is stored once a run."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the tensors that never change during a run."""
+        return tuple(k for k in self.state_dict() if k.startswith("teacher."))
+
+
+def old_heads(task: Task, name: str) -> list[str]:
+    """Keys of the heads of the source domains.
+
+    Raises:
+        ConfigError: the run has no source domain, so no head knows anything yet.
+    """
+    keys = list(dict.fromkeys(task.head_keys[d.name] for d in task.domains if d.role == "source"))
+    if not keys:
+        raise ConfigError(
+            f"methods.{name} holds the outputs of the source's head, and the run has no source domain; "
+            "set data.source, or hold features instead (crossft.callbacks.retention.FeatureDistillation)"
+        )
+    return keys
