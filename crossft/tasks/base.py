@@ -297,7 +297,7 @@ class Task(LightningModule):
         super().train(mode)
         if mode:
             apply_batchnorm_policy(self.backbone, self.batchnorm, len(self.domains))
-            hold_frozen_(self.backbone.stages, self._frozen_stages)
+            hold_frozen_(self.backbone, self._frozen_stages)
         return self
 
     # -- life cycle --------------------------------------------------------------------------------------------

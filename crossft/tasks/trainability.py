@@ -31,12 +31,22 @@ def freeze_others_(stages: Sequence[Stage], parameters: Iterable[nn.Parameter]) 
     return frozenset(frozen)
 
 
-def hold_frozen_(stages: Sequence[Stage], frozen: Collection[str]) -> None:
-    """Put the modules of frozen stages into evaluation mode; called again after each ``train()``."""
-    for stage in stages:
-        if stage.name in frozen:
-            for module in stage.modules:
-                module.eval()
+def hold_frozen_(backbone: Backbone, frozen: Collection[str]) -> None:
+    """Put the modules of frozen stages into evaluation mode; called again after each ``train()``.
+
+    Modules that lie between stages and hold nothing (dropout of position embeddings, of pooled features) are held
+    too where they are registered before the first stage that trains.
+    """
+    if not frozen:
+        return
+    stage_of = {id(m): stage.name for stage in backbone.stages for owner in stage.modules for m in owner.modules()}
+    held = True
+    for module in backbone.modules():
+        stage = stage_of.get(id(module))
+        if stage in frozen or (stage is None and held and not any(True for _ in module.children())):
+            module.eval()
+        elif stage is not None:
+            held = False
 
 
 def trainable_names(backbone: nn.Module) -> frozenset[str]:

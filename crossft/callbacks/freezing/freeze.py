@@ -1,46 +1,79 @@
-"""Freezing by depth or by stage name, once, for the whole run."""
+"""Freezing once, for the whole run: by depth, stage, name pattern or kind of parameter."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from crossft.callbacks.freezing.selection import Combine, ParameterKind, Selection
+from crossft.callbacks.freezing.wrapping import refuse_fused
 from crossft.errors import ConfigError
 from crossft.tasks import Task
+from crossft.tasks.trainability import check_trainability
 
 __all__ = ["Freeze"]
 
 
 class Freeze(Callback):
-    """Train only some stages of the backbone; the head always trains.
+    """Train only some parameters of the backbone; the head always trains.
 
-    A frozen stage has no gradient, keeps its buffers, and stays in evaluation mode while training.
+    A frozen parameter has no gradient. A stage in which nothing trains also keeps its buffers, and stays in evaluation
+    mode while training. That this is so is checked at the start of the fit, after a resume and after each validation.
+
+    Criteria add up (``combine: any``) or narrow each other down (``combine: all``): ``train_last: 2, kinds: [norm],
+    combine: all`` trains the norms of the last two stages.
 
     Args:
         train_last: train the last k stages; 0 is a linear probe.
-        train: or: names of the stages that train.
+        train: names of the stages that train, or globs over them.
+        match: globs over whole parameter names, or regular expressions after ``re:``, that train.
+        kinds: ``norm`` and ``bias`` (``kinds: [bias]`` is BitFit, Ben Zaken et al. 2022).
+        freeze: patterns as in ``match`` that stay frozen, whatever the others choose.
+        combine: ``any`` or ``all`` of the given criteria.
 
     Raises:
-        ConfigError: neither or both are given, or ``train_last`` is negative or more than the backbone has.
+        ConfigError: no criterion is given, one finds nothing (with the nearest names), or the strategy fuses
+            parameters.
+        StageError: a stage is not there.
+        TrainingError: while training, where something else has changed what trains.
     """
 
-    def __init__(self, train_last: int | None = None, train: list[str] | None = None) -> None:
-        if (train_last is None) == (train is None):
-            raise ConfigError(f"train_last={train_last}, train={train}: give exactly one of them")
-        self.train_last, self.train = train_last, train
+    def __init__(
+        self,
+        train_last: int | None = None,
+        train: list[str] | None = None,
+        match: list[str] | None = None,
+        kinds: list[ParameterKind] | None = None,
+        freeze: list[str] | None = None,
+        combine: Combine = "any",
+    ) -> None:
+        self.selection = Selection(train_last, train, match, kinds, freeze, combine)
+        if not self.selection.chooses:
+            raise ConfigError(
+                "Freeze() without a criterion freezes nothing; give train_last, train, match, kinds or freeze"
+            )
         self.name = "freeze"
+        self._expected: frozenset[str] = frozenset()
+        self._due = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze before DDP wraps, so that the reducer sees exactly what trains."""
         if stage != "fit" or not isinstance(pl_module, Task):
             return
-        names = [s.name for s in pl_module.backbone.stages]
-        if self.train is not None:
-            pl_module.train_stages(self.train)
-            return
-        last = self.train_last or 0
-        if not 0 <= last <= len(names):
-            raise ConfigError(f"train_last={last} must be between 0 and {len(names)}, the number of stages")
-        pl_module.train_stages(names[len(names) - last :])
+        refuse_fused(trainer, self.name)
+        self._expected = self.selection.apply(pl_module)
+        self._due = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Check at the first batch, which is also the first after a resume, and after each validation."""
+        if self._due and isinstance(pl_module, Task):
+            check_trainability(pl_module.backbone, pl_module.frozen_stages, self._expected)
+            self._due = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Modes come back from evaluation at the next batch."""
+        self._due = True
 
     @property
     def state_key(self) -> str:

@@ -1,0 +1,128 @@
+"""What trains, by every criterion; and the check that it still does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from backbones.tiny_models import images, noised, tiny_text, tiny_timm, tokens
+from tiny import TinyVision
+
+from crossft.callbacks.freezing import Freeze
+from crossft.callbacks.freezing.selection import Selection
+from crossft.errors import ConfigError, StageError, TrainingError
+from crossft.tasks import Classification
+from crossft.tasks.trainability import check_trainability, trainable_names
+from crossft.types import Domain
+
+DOMAINS = [Domain("photo", "source", labels=("a", "b")), Domain("sketch", "target", labels=("a", "b"))]
+STEM = {"stem.1.weight", "stem.1.bias"}
+MIDDLE = {"middle.0.weight", "middle.0.bias", "middle.1.weight", "middle.1.bias"}
+LAST = {"last.0.weight", "last.0.bias"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({}, STEM | MIDDLE | LAST),
+        ({"train_last": 0}, set()),
+        ({"train_last": 2}, MIDDLE | LAST),
+        ({"train": ["middle"]}, MIDDLE),
+        ({"train": ["m*", "stem"]}, STEM | MIDDLE),
+        ({"match": ["stem.*"]}, STEM),
+        ({"match": [r"re:^(stem|last).*weight$"]}, {"stem.1.weight", "last.0.weight"}),
+        ({"kinds": ["norm"]}, {"middle.1.weight", "middle.1.bias"}),
+        ({"kinds": ["bias"]}, {"stem.1.bias", "middle.0.bias", "middle.1.bias", "last.0.bias"}),
+        ({"kinds": ["norm"], "train_last": 1}, {"middle.1.weight", "middle.1.bias"} | LAST),
+        ({"kinds": ["bias"], "train_last": 1, "combine": "all"}, {"last.0.bias"}),
+        ({"freeze": ["*.bias"]}, {n for n in STEM | MIDDLE | LAST if n.endswith("weight")}),
+        ({"train_last": 2, "freeze": ["re:bias"]}, {"middle.0.weight", "middle.1.weight", "last.0.weight"}),
+    ],
+)
+def test_every_criterion_and_their_combinations(choice: dict, expected: set[str]) -> None:
+    task = Classification(TinyVision(batchnorm=True), DOMAINS)
+    assert Selection(**choice).apply(task) == expected
+    assert trainable_names(task.backbone) == expected
+    assert all(p.requires_grad for p in task.heads.parameters())
+    stages = {"stem": STEM, "middle": MIDDLE, "last": LAST}
+    assert task.frozen_stages == {name for name, owned in stages.items() if not owned & expected}
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        ({"train": ["midle"]}, StageError, "'midle'; nearest: middle"),
+        ({"match": ["stem.1.wieght"]}, ConfigError, r"'stem.1.wieght' matches no parameter.*nearest: stem.1.weight"),
+        ({"freeze": ["bias"]}, ConfigError, r"freeze: 'bias' matches no parameter.*nearest: .*bias"),
+        ({"match": ["re:("]}, ConfigError, "not a regular expression"),
+        ({"train_last": 4}, ConfigError, "train_last=4 must be between 0 and 3"),
+        ({"train_last": -1}, ConfigError, "train_last=-1"),
+        ({"kinds": ["norm"]}, ConfigError, "no norm parameters"),
+        ({"kinds": ["scale"]}, ConfigError, "'scale' is unknown; allowed: norm, bias"),
+        ({"train": ["stem"], "match": ["last.*"], "combine": "all"}, ConfigError, "chooses no parameter"),
+    ],
+)
+def test_what_finds_nothing_is_an_error_with_the_nearest_names(choice: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Selection(**choice).names(TinyVision())
+
+
+def test_freeze_needs_a_criterion() -> None:
+    with pytest.raises(ConfigError, match="train_last, train, match, kinds or freeze"):
+        Freeze()
+
+
+def test_the_check_sees_parameters_gradients_and_modes() -> None:
+    task = Classification(TinyVision(dropout=0.5, batchnorm=True), DOMAINS, batchnorm="training").train()
+    expected = Selection(train_last=1).apply(task)
+
+    def check() -> None:
+        check_trainability(task.backbone, task.frozen_stages, expected)
+
+    check()
+    task.backbone.train()  # the task's own train() would have held the frozen stages
+    with pytest.raises(TrainingError, match="'stem' is frozen but in training mode"):
+        check()
+    task.train()
+    check()
+    weight = task.backbone.stem[1].weight
+    weight.requires_grad_(True)
+    with pytest.raises(TrainingError, match=r"'stem\.1\.weight' trains, against what was set"):
+        check()
+    weight.requires_grad_(False)
+    weight.grad = torch.zeros_like(weight)
+    with pytest.raises(TrainingError, match="holds a gradient"):
+        check()
+
+
+STRATEGIES = [{"train_last": 0}, {"train_last": 1}, {"kinds": ["norm"]}, {"kinds": ["bias"]}, {}]
+VISION = ["test_efficientnet", "test_resnet", "test_vit", "test_convnext", "swin_tiny_patch4_window7_224"]
+
+
+@pytest.mark.parametrize("name", [*VISION, "bert", "distilbert", "roberta", "deberta-v2"])
+def test_trainable_is_has_a_gradient_is_moved(name: str, tmp_path: Path) -> None:
+    """On shipped families: frozen features do not change in training mode, and only what trains moves."""
+    backbone = tiny_timm(name) if name in VISION else tiny_text(name, tmp_path / name)
+    noised(backbone)  # zero-initialized branches have zero gradients
+    inputs = images(backbone, 2) if name in VISION else tokens(2)
+    task = Classification(backbone, DOMAINS, batchnorm="frozen").train()
+    for choice in STRATEGIES:
+        expected = Selection(**choice).apply(task)
+        parameters = dict(task.named_parameters())
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.1)
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        torch.manual_seed(0)
+        features = backbone(inputs).features
+        (features * torch.randn(features.shape)).sum().add(task.heads["photo"](features).square().sum()).backward()
+        graded = {n for n, p in parameters.items() if p.grad is not None}
+        optimizer.step()
+        moved = {n for n, p in parameters.items() if not torch.equal(p, before[n])}
+        trains = {f"backbone.{n}" for n in expected} | {f"heads.{n}" for n, _ in task.heads.named_parameters()}
+        assert graded == trains, choice
+        assert moved == trains, choice
+        check_trainability(backbone, task.frozen_stages, expected)
+        optimizer.zero_grad()
+    Selection(train_last=0).apply(task)
+    assert not any(m.training and "drop" in type(m).__name__.lower() for m in backbone.modules())
+    assert torch.equal(backbone(inputs).features, backbone(inputs).features)
