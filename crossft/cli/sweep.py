@@ -1,0 +1,144 @@
+"""``crossft sweep plan FILE`` and ``crossft sweep run FILE``; imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from crossft.errors import ConfigError
+from crossft.runs import higher_is_better, write_atomic
+from crossft.sweeps.file import read_sweep
+from crossft.sweeps.local import Local, Outcome
+from crossft.sweeps.plan import Plan, make_plan
+from crossft.sweeps.progress import SweepProgress
+from crossft.sweeps.state import State, state_of
+
+if TYPE_CHECKING:
+    from crossft.reports.tables import ArmTable
+
+__all__ = ["run"]
+
+_DESCRIPTION = """Run every arm and seed of a sweep file. plan checks every config and prints what would run;
+run does it, and goes on where it was stopped: finished runs are kept, unfinished ones resumed.
+Flags of the config after the file, as in --data.root=DIR, hold for every run."""
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Plan or run a sweep; 1 where a run failed or was stopped."""
+    options, flags = _options(arguments)
+    plan = make_plan(read_sweep(options.file, flags), options.allow)
+    if options.what == "plan":
+        _print_plan(plan, options.slots)
+        return 0
+    gpus = [int(number) for number in options.gpus.split(",")] if options.gpus else None
+    local = Local(plan, options.slots, options.threads, gpus, options.retry)
+    done = sum(state_of(r.folder) is State.FINISHED for r in plan.runs)
+    print(f"{len(plan.runs)} runs, {done} finished; {options.slots} at a time with {local.threads} threads each")
+    with SweepProgress(len(plan.runs)) as progress:
+        outcomes = local.run(progress)
+    _report(plan)
+    return _close(outcomes)
+
+
+def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser("crossft sweep", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("what", choices=("plan", "run"))
+    parser.add_argument("file", type=Path, help="the sweep file")
+    parser.add_argument("--slots", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--threads", type=int, help="threads of each run (cores / slots)")
+    parser.add_argument("--gpus", help="CUDA device numbers for the slots, as in 0,1,2")
+    parser.add_argument("--retry", action="store_true", help="run failed runs again")
+    parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="as for crossft fit")
+    options, flags = parser.parse_known_args(arguments)
+    if options.slots < 1:
+        raise ConfigError(f"--slots={options.slots} must be at least 1")
+    if options.gpus and not all(number.strip().isdigit() for number in options.gpus.split(",")):
+        raise ConfigError(f"--gpus={options.gpus} must be device numbers, as in 0,1,2")
+    return options, flags
+
+
+def _print_plan(plan: Plan, slots: int) -> None:
+    console = Console(highlight=False)
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("arm", "runs", f"difference to {plan.base}"):
+        table.add_column(name, overflow="fold")
+    for label, lines in plan.differences.items():
+        states = [state_of(r.folder).value for r in plan.runs if r.arm.label == label]
+        counts = {state: states.count(state) for state in dict.fromkeys(states)}
+        shown = ", ".join(f"{n} {'to start' if state == 'missing' else state}" for state, n in counts.items())
+        table.add_row(Text(label), shown, Text("\n".join(lines) or "none"))
+    console.print(table)
+    arms, seeds = len(plan.differences), len(plan.sweep.seeds)
+    console.print(f"{arms} arms x {seeds} seeds = {len(plan.runs)} runs in {plan.root}", markup=False)
+    sources = plan.sources()
+    if sources:
+        console.print(f"{len(sources)} source legs are fitted once each, for {sum(sources.values())} runs")
+    seconds = plan.seconds_left()
+    cost = "unknown until a run has finished" if seconds is None else f"{_clock(seconds)} of runs"
+    at_a_time = f", about {_clock(seconds / slots)} with {slots} at a time" if seconds and slots > 1 else ""
+    console.print(f"left to do: {cost}{at_a_time}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _report(plan: Plan) -> None:
+    """Print the comparison of the sweep's runs; write it, its pictures and its page beside the run folders."""
+    from crossft.reports.figures import tradeoff
+    from crossft.reports.page import write_page
+    from crossft.reports.records import groups, headline, leaves, read_records
+    from crossft.reports.tables import compare
+
+    paths = [r.folder.path for r in plan.runs if r.folder.summary_file.is_file()]
+    if not paths:
+        return
+    records = read_records(paths)
+    baseline = plan.baseline if plan.baseline in set(records["arm"]) else None
+    columns, metric = headline(records), plan.sweep.metric
+    if metric in records.columns and metric not in columns:
+        columns.append(str(metric))
+    tables = compare(records, baseline, columns or None)
+    for table in tables:
+        Console(highlight=False).print(table.rich())
+        _print_best(table, metric)
+    for suffix, form in ((".md", "markdown"), (".csv", "csv")):
+        write_atomic(plan.root / f"comparison{suffix}", "\n".join(getattr(t, form)() for t in tables))
+    drawn = [(title, runs) for title, runs in groups(leaves(records)) if (runs["status"] == "finished").any()]
+    for number, (title, runs) in enumerate(drawn, 1):
+        tradeoff(runs, plan.root / f"tradeoff{f'-{number}' if len(drawn) > 1 else ''}.png", title=title)
+    page = write_page(paths, plan.root / "comparison.html", baseline=baseline)
+    print(f"written: {page} (and .md, .csv, tradeoff.png beside it)")
+
+
+def _print_best(table: ArmTable, metric: str | None) -> None:
+    if metric is None or metric not in table.metrics:
+        return
+    means = {arm: table.cells[arm, metric].value.mean for arm in table.runs}
+    known = {arm: mean for arm, mean in means.items() if not math.isnan(mean)}
+    if known:
+        best = (max if higher_is_better(metric) else min)(known, key=known.__getitem__)
+        print(f"best mean of {metric}: {best} ({known[best]:.4f})")
+
+
+def _close(outcomes: Sequence[Outcome]) -> int:
+    """Say which runs are not finished, and why."""
+    wrong = [o for o in outcomes if o.state is not State.FINISHED]
+    for outcome in wrong:
+        word = "failed" if outcome.state is State.FAILED else "stopped"
+        print(f"{word}: {outcome.run.name}: {outcome.reason}\n  log: {outcome.run.log}")
+    if any(o.state is State.FAILED for o in wrong):
+        print("failed runs are not tried again unless --retry is given")
+    if any(o.state is State.UNFINISHED for o in wrong):
+        print("the same command goes on with the stopped runs")
+    return 1 if wrong else 0

@@ -1,0 +1,152 @@
+"""The ``parameters`` of a sweep file, in W&B's words: fixed values, lists of values, distributions to draw from."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from crossft.errors import ConfigError
+
+__all__ = ["Parameter", "read_parameters"]
+
+_WORDS = {
+    "categorical": ("values", "probabilities"),
+    "constant": ("value",),
+    "int_uniform": ("min", "max"),
+    "uniform": ("min", "max"),
+    "q_uniform": ("min", "max", "q"),
+    "log_uniform": ("min", "max"),
+    "log_uniform_values": ("min", "max"),
+    "q_log_uniform_values": ("min", "max", "q"),
+    "normal": ("mu", "sigma"),
+    "q_normal": ("mu", "sigma", "q"),
+    "log_normal": ("mu", "sigma"),
+}
+_DEFAULTS = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One key of the config, and the values it takes.
+
+    Attributes:
+        key: dotted key of the config, as on the command line.
+        distribution: W&B's name of it; ``constant`` and ``categorical`` for ``value`` and ``values``.
+        values: what it takes, where they are listed.
+        settings: ``min``, ``max``, ``q``, ``mu``, ``sigma``, ``probabilities`` as given, with W&B's defaults.
+        arms: the arms it applies to; None: all.
+    """
+
+    key: str
+    distribution: str
+    values: tuple[Any, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    arms: tuple[str, ...] | None = None
+
+    def draw(self, index: int) -> Any:
+        """The value of draw ``index``: a function of key and index alone, so that more draws keep the former ones."""
+        source = random.Random(f"{self.key}/{index}")
+        if self.values:
+            return source.choices(self.values, self.settings.get("probabilities"))[0]
+        if self.distribution == "int_uniform":
+            return source.randint(self.settings["min"], self.settings["max"])
+        value = self._continuous(source)
+        if self.distribution.startswith("q_"):
+            q = self.settings["q"]
+            value = round(value / q) * q
+            return int(value) if isinstance(q, int) else value
+        return value
+
+    def _continuous(self, source: random.Random) -> float:
+        name, given = self.distribution.removeprefix("q_"), self.settings
+        if name in ("normal", "log_normal"):
+            value = source.gauss(given["mu"], given["sigma"])
+            return math.exp(value) if name == "log_normal" else value
+        low, high = given["min"], given["max"]
+        if name == "log_uniform_values":
+            return math.exp(source.uniform(math.log(low), math.log(high)))
+        value = source.uniform(low, high)
+        return math.exp(value) if name == "log_uniform" else value
+
+
+def read_parameters(given: Any, where: str) -> list[Parameter]:
+    """Read the mapping ``parameters``; nested ``parameters`` become dotted keys.
+
+    Args:
+        given: key -> {value}, {values}, {min, max}, {distribution, ...} or {parameters}.
+        where: file and key, for messages.
+
+    Raises:
+        ConfigError: an unknown word, a missing one, or values that cannot be.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}={given!r} must map config keys to value, values or a distribution")
+    return list(_read(given, where, ""))
+
+
+def _read(given: Mapping[str, Any], where: str, prefix: str) -> Iterator[Parameter]:
+    for name, words in given.items():
+        key, place = f"{prefix}{name}", f"{where}.{name}"
+        if not isinstance(words, Mapping):
+            raise ConfigError(f"{place}={words!r}: write `{name}: {{value: {words}}}` for a fixed value")
+        if "parameters" in words:
+            yield from _read(words["parameters"], f"{place}.parameters", f"{key}.")
+        else:
+            yield _parameter(key, dict(words), place)
+
+
+def _parameter(key: str, words: dict[str, Any], where: str) -> Parameter:
+    arms = words.pop("arms", None)
+    if arms is not None and (not isinstance(arms, list) or not arms):
+        raise ConfigError(f"{where}.arms={arms!r} must be a list of names of arms; leave it out for all")
+    name = words.pop("distribution", None) or _implied(words, where)
+    if name not in _WORDS:
+        raise ConfigError(f"{where}.distribution={name!r} is none of {', '.join(_WORDS)}")
+    unknown = sorted(set(words) - set(_WORDS[name]))
+    if unknown:
+        raise ConfigError(f"{where}.{unknown[0]}: {name} takes {', '.join((*_WORDS[name], 'arms'))}")
+    settings = {w: words.get(w, _DEFAULTS.get(w)) for w in _WORDS[name] if w not in ("value", "values")}
+    values = [words["value"]] if "value" in words else words.get("values", [])
+    _check(name, values, settings, where)
+    return Parameter(key, name, tuple(values), settings, tuple(arms) if arms is not None else None)
+
+
+def _implied(words: Mapping[str, Any], where: str) -> str:
+    """W&B's default distribution for the words given."""
+    if "value" in words:
+        return "constant"
+    if "values" in words:
+        return "categorical"
+    if {"min", "max"} <= set(words):
+        return "int_uniform" if all(_is_int(words[w]) for w in ("min", "max")) else "uniform"
+    raise ConfigError(f"{where} has none of value, values, distribution, min and max; give one of them")
+
+
+def _check(name: str, values: Any, settings: Mapping[str, Any], where: str) -> None:
+    if name in ("constant", "categorical"):
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}.values={values!r} must be a list that is not empty")
+        shares = settings.get("probabilities")
+        if shares is not None and (not isinstance(shares, list) or len(shares) != len(values) or min(shares) < 0):
+            raise ConfigError(f"{where}.probabilities={shares!r} must be one number, 0 or more, for each of {values}")
+        return
+    wrong = [w for w, value in settings.items() if not isinstance(value, (int, float)) or isinstance(value, bool)]
+    if wrong:
+        raise ConfigError(
+            f"{where}.{wrong[0]}={settings[wrong[0]]!r}: {name} needs a number (YAML reads 1e-3 as text: 1.0e-3)"
+        )
+    if name == "int_uniform" and not all(map(_is_int, settings.values())):
+        raise ConfigError(f"{where}: min={settings['min']}, max={settings['max']}: int_uniform needs whole numbers")
+    if "min" in settings and settings["min"] > settings["max"]:
+        raise ConfigError(f"{where}: min={settings['min']} is above max={settings['max']}; swap them")
+    if name.endswith("log_uniform_values") and settings["min"] <= 0:
+        raise ConfigError(f"{where}.min={settings['min']} must be above 0 for {name}")
+    if settings.get("q", 1) <= 0 or settings.get("sigma", 1) < 0:
+        raise ConfigError(f"{where}: q must be above 0 and sigma 0 or more")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
