@@ -18,6 +18,7 @@ from crossft.data.drafts import Options, Splitting
 from crossft.data.images import Augment
 from crossft.data.inputs import read_inputs
 from crossft.data.loader import TrainLoader, eval_loaders, make_loader, place
+from crossft.data.memory import Memory, memory_pools
 from crossft.data.mix import Balance, leader_of, pools
 from crossft.data.prepare import Prepared, first_rows, prepare
 from crossft.data.readers import Auto, Reader
@@ -95,6 +96,7 @@ class DomainData(pl.LightningDataModule):
 
     Attributes:
         quarantined: the rows dropped so far: domain, where, reason.
+        memories: rows rehearsed beside the mix, by the method that asks for them.
 
     Raises:
         ConfigError: an argument that cannot work.
@@ -167,12 +169,12 @@ class DomainData(pl.LightningDataModule):
         self.quarantined: list[dict[str, str]] = []
         self._prepared: tuple[Prepared, ...] = ()
         self._included: dict[Role, set[bool]] = {}
+        self.memories: dict[str, Memory] = {}
         self._manifest: dict[str, Any] = {}
         self._dataset: Rows | None = None
         self._spec: ImageSpec | TextSpec | None = None
+        self.inputs, self._next_step = inputs, 0
         self._predicted: Prepared | None = None
-        self.inputs = inputs
-        self._next_step = 0
         self._train_sampler: StepSampler | None = None
         check_settings(self)
 
@@ -222,9 +224,7 @@ class DomainData(pl.LightningDataModule):
         return {p.domain.name: p.manifest() for p in self.prepared}
 
     def use_manifest(self, manifest: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
-        """Take the splits of an earlier leg for the domains it names; call before `prepare`.
-
-        `prepare` raises SplitError where the data is not what these splits were made of.
+        """Take the splits of an earlier leg; `prepare` raises SplitError where the data does not fit them.
 
         Raises:
             ConfigError: `prepare` was called already.
@@ -275,7 +275,8 @@ class DomainData(pl.LightningDataModule):
         extra = {r for r, asked in self._included.items() if False in asked}
         tokens = None if self._spec is None else self.dataset.tokens
         lengths = tokens.lengths if tokens is not None and self.length_window else None
-        return pools(self.prepared, roles, extra, self.mix, self.sampler, self.batch_size, lengths)
+        kept, rest = memory_pools(self.memories, self.prepared, self.batch_size, lengths)
+        return (*pools(self.prepared, roles, extra, self.mix, self.sampler, rest, lengths), *kept)
 
     def order(self) -> Order:
         """The order of the training rows for the trainer's processes and accumulation (1 and 1 without a trainer)."""
@@ -291,11 +292,7 @@ class DomainData(pl.LightningDataModule):
         return self.order().steps_per_epoch
 
     def class_counts(self, domain: str | None = None) -> list[int]:
-        """Labeled training rows of each class (positives of each label where multilabel).
-
-        Args:
-            domain: of this domain; default: of all domains in the mix that have the label space of the first.
-        """
+        """Labeled training rows of each class (positives of each label where multilabel), by default of the mix."""
         names = self.training_domains if domain is None else (domain,)
         return class_counts([p for p in self.prepared if p.domain.name in names])
 

@@ -31,7 +31,7 @@ EVALUATION = StepInfo(-1, (), 0.0)
 
 
 class Key(NamedTuple):
-    """One row of a batch: dataset row, how often its pool was drawn before, domain id (or padding), its step, whether its label may be read."""
+    """One row of a batch: dataset row, times drawn before, domain id (or padding), step, whether its label is read."""
 
     row: int
     draw: int
@@ -52,6 +52,7 @@ class Pool:
         quota: rows of each micro-batch of each process.
         classes: [n] class index, for class-balanced draws; None for plain permutations.
         lengths: [n] token counts, to bring texts of similar length together; None for no such order.
+        leads: whether a pass over it may make an epoch; a memory's never does.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Pool:
     quota: int
     classes: Ints | None = None
     lengths: Ints | None = None
+    leads: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,12 +116,14 @@ class Order:
             raise ConfigError("every pool of the training mix needs rows, and a quota of at least one row")
         steps = [math.ceil(len(p) / (p.quota * self.slots)) for p in self.pools]
         if isinstance(self.epoch, int):
-            own = [i for i, p in enumerate(self.pools) if p.domain == self.epoch]
+            own = [i for i, p in enumerate(self.pools) if p.domain == self.epoch and p.leads]
             if not own:
                 raise ConfigError(f"data.epoch names domain {self.epoch}, which is not in the training mix")
             self.leader = max(own, key=lambda i: steps[i])
         else:
-            self.leader = steps.index(max(steps) if self.epoch == "longest" else min(steps))
+            leading = [s for s, p in zip(steps, self.pools) if p.leads]
+            best = max(leading) if self.epoch == "longest" else min(leading)
+            self.leader = next(i for i, p in enumerate(self.pools) if p.leads and steps[i] == best)
         self.steps_per_epoch = steps[self.leader]
 
     @property
