@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -16,6 +17,9 @@ from crossft.cli.texts import COMMANDS, HELP, USAGE
 from crossft.errors import ConfigError, CrossftError, Interrupted
 
 __all__ = ["main"]
+
+_PATIENCE = 5.0
+"""Seconds that a process beside the first leaves it to end, when all of them fail alike."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    """Print one message, from the first process only, and return the exit code."""
-    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:
-        print(f"crossft: error: {message}", file=sys.stderr)
+    """Print one message and return the exit code.
+
+    Of several processes the first speaks for all. Where another one ends first, its launcher would end the first
+    before that has written what happened: on a signal the others leave without an error, on an error they wait.
+    """
+    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    if rank and code == 143:
+        return 0
+    if rank:
+        time.sleep(_PATIENCE)
+    print(f"crossft: error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr)
     return code

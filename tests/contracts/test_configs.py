@@ -1,0 +1,75 @@
+"""Every shipped config and fragment is parsed and built, with the weights that ship in packages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from crossft.callbacks.base import MethodCallback
+from crossft.cli.leg import build_trainer
+from crossft.cli.legs import source_settings
+from crossft.cli.parser import Settings
+from crossft.types import Domain
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+BASES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "methods")
+FRAGMENTS = sorted((CONFIGS / "methods").glob("*.yaml"))
+DATA = ["--data.root=.", "--data.source=a", "--data.target=b"]
+
+
+def name(path: Path) -> str:
+    return "/".join(path.parts[-2:])
+
+
+def test_every_config_is_seen() -> None:
+    assert {name(p) for p in BASES} >= {
+        "vision/domains.yaml",
+        "vision/adapt.yaml",
+        "text/domains.yaml",
+        "text/adapt.yaml",
+    }
+    assert {*BASES, *FRAGMENTS} == set(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [*BASES, *FRAGMENTS], ids=name)
+def test_comment_says_what_it_is_for_and_how_to_run_it(path: Path) -> None:
+    comment = re.match(r"(?:# ?.*\n)+", path.read_text())
+    assert comment, path
+    assert f"--config configs/{name(path)}" in comment.group()
+
+
+@pytest.mark.parametrize("path", BASES, ids=name)
+def test_config_builds_everything_it_names(path: Path) -> None:
+    settings = Settings([f"--config={path}", *DATA])
+    space = ("multiclass", ("no", "yes"))
+    settings.set_domains([Domain("a", "source", *space), Domain("b", "target", *space)])
+    task = settings.build("model").model
+    assert task.backbone.pretrained
+    data = settings.build("data").data
+    assert data.roles["target"] == ["b"]
+    build_trainer(settings, logger=False)
+    for key, method in settings.build("methods").methods.items():
+        assert isinstance(method, MethodCallback), key
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=name)
+def test_fragment_goes_over_every_base(fragment: Path) -> None:
+    for base in BASES:
+        settings = Settings([f"--config={base}", f"--config={fragment}", *DATA])
+        assert settings.config.arm in (fragment.stem, "plain")
+        built = settings.build("methods").methods
+        assert set(built) == set(settings.config.methods)
+
+
+def test_only_domains_configs_fit_the_source_first() -> None:
+    for base in BASES:
+        settings = Settings([f"--config={base}", *DATA])
+        if base.stem == "domains":
+            source = source_settings(settings)
+            assert source.config.data.train_on == "source"
+            assert source.config.data.target is None
+        else:
+            assert settings.config.source_leg is None
+            assert settings.config.data.target_labels == "none"
