@@ -190,7 +190,7 @@ def arm_table(
 
 def _column(finished: pd.DataFrame, arms: list[str], metric: str, baseline: str | None) -> dict[str, Cell]:
     values: dict[str, dict[int, float]] = {
-        arm: dict(zip(some["seed"], some[metric])) for arm, some in finished.groupby("arm") if metric in finished
+        str(arm): dict(zip(some["seed"], some[metric])) for arm, some in finished.groupby("arm") if metric in finished
     }
     found = {arm: interval(list(values.get(arm, {}).values())) for arm in arms}
     if baseline is None:
