@@ -71,7 +71,11 @@ def run(arm: str, seed: int, out: Path, data: Path) -> str | None:
             return None
         words = ["resume", str(folder.path)]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a" if words[0] == "resume" else "w") as file, redirect_stdout(file), redirect_stderr(file):
+    with (
+        log.open("a" if words[0] == "resume" else "w", buffering=1) as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+    ):
         file.write(line if words[0] == "fit" else "")
         file.flush()
         code = main(words)
