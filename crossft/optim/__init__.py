@@ -1,7 +1,7 @@
 """Parameter groups and learning-rate schedules."""
 
 from crossft.optim.groups import parameter_groups
-from crossft.optim.phased import Phased, set_rates_
+from crossft.optim.phased import Phased, Rates, set_rates_
 from crossft.optim.plateau import Plateau
 from crossft.optim.schedules import (
     Constant,
@@ -22,6 +22,7 @@ __all__ = [
     "OneCycle",
     "Phased",
     "Plateau",
+    "Rates",
     "Schedule",
     "SlantedTriangular",
     "WarmedUp",

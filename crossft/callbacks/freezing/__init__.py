@@ -1,6 +1,8 @@
 """Methods of this axis, one file each."""
 
 from crossft.callbacks.freezing.freeze import Freeze
+from crossft.callbacks.freezing.gradual import GradualUnfreezing
+from crossft.callbacks.freezing.phases import Phase
 from crossft.callbacks.freezing.sentinel import RankSentinel
 
-__all__ = ["Freeze", "RankSentinel"]
+__all__ = ["Freeze", "GradualUnfreezing", "Phase", "RankSentinel"]

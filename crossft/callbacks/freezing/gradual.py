@@ -1,0 +1,268 @@
+"""Gradual unfreezing: phases with their own trainable parameters, equal on all processes and after a resume."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from crossft.callbacks.freezing.phases import Phase, check_plan, planned_steps, thawing
+from crossft.callbacks.freezing.wrapping import refuse_unwrappable, rewrap
+from crossft.errors import CheckpointError, ConfigError
+from crossft.optim import Phased, set_rates_
+from crossft.tasks import Task
+from crossft.tasks.trainability import check_trainability
+
+__all__ = ["GradualUnfreezing"]
+
+
+class GradualUnfreezing(Callback):
+    """Train in phases: each has its own trainable parameters, its own end, and says what becomes of the optimizer.
+
+    ULMFiT (Howard & Ruder 2018, section 3.3): ``every: {epochs: 1}, first: 1``. LP-FT (Kumar et al. 2022): the
+    phases ``{train_last: 0, epochs: n}`` and ``{}``, the second with a smaller ``lr`` and ``rates: restart``.
+
+    A change happens where an optimizer step begins, on every process at the same step: gradients of what freezes
+    are dropped, DDP is wrapped again, and the processes' weights are compared. A checkpoint holds the phase, so a
+    resumed run is in the phase that it was in. What trains is checked at each change, after each validation and after
+    a resume.
+
+    Args:
+        phases: the phases, in order; the last lasts to the end of training.
+        every: or: length and policies of phases that thaw the backbone stage by stage, from the head down.
+        first: with ``every``: stages that train in the first phase (0: the head alone).
+        by: with ``every``: stages that thaw at each change.
+        monitor: validation metric (or another that is logged by then, as a domain gap) that ``patience`` and
+            ``restore_best`` follow. Every phase begins with a best value and a count of its own.
+        mode: ``max`` where more is better, else ``min``.
+        min_delta: smallest change that counts as an improvement.
+
+    Raises:
+        ConfigError: neither or both of ``phases`` and ``every``, phases that cannot follow one another, a strategy
+            that cannot change what trains, or, while training, a metric that is not measured.
+        CheckpointError: a checkpoint of a run with other phases.
+        TrainingError: while training, where processes differ or something else has changed what trains.
+    """
+
+    def __init__(
+        self,
+        phases: list[Phase] | None = None,
+        every: Phase | None = None,
+        first: int = 0,
+        by: int = 1,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        min_delta: float = 0.0,
+    ) -> None:
+        if (phases is None) == (every is None):
+            raise ConfigError("give exactly one of phases (each one spelled out) and every (stage by stage)")
+        if mode not in ("max", "min"):
+            raise ConfigError(f"mode={mode!r} is unknown; allowed: max, min")
+        if phases is not None:
+            check_plan(phases, monitor)
+        elif every is not None and not every.lengths:
+            raise ConfigError("every has no length; give one of epochs, steps, share, patience")
+        self.phases, self.every, self.first, self.by = phases, every, first, by
+        self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
+        self.name = "unfreeze"
+        self.plan: list[Phase] = []
+        self._task: Task | None = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.index, self.start_step, self.start_epoch, self._length = 0, 0, 0, 0
+        self._expected: frozenset[str] = frozenset()
+        self._resumed, self._due = False, True
+        self._forget()
+
+    def _forget(self) -> None:
+        """A phase begins with no best value and no count."""
+        self._best: float | None = None
+        self._bad, self._over = 0, False
+        self._weights: dict[str, Tensor] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state."""
+        return f"GradualUnfreezing[{self.name}]"
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that trains now."""
+        return self.plan[self.index]
+
+    # -- beginning ---------------------------------------------------------------------------------------------
+
+    def plan_for(self, task: Task) -> list[Phase]:
+        """The phases for this task's backbone; each is tried, so that a wrong name fails before training.
+
+        Raises:
+            ConfigError, StageError: a phase cannot work with this backbone.
+        """
+        plan = self.phases
+        if self.every is not None:
+            plan = thawing(self.every, len(task.backbone.stages), self.first, self.by)
+        assert plan is not None
+        check_plan(plan, self.monitor)
+        for phase in plan:
+            phase.names(task.backbone)
+        return plan
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Enter the first phase before DDP wraps and before the optimizer is built."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Task):
+            raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")
+        refuse_unwrappable(trainer, self.name)
+        self._start_over()
+        self._task, self.plan = pl_module, self.plan_for(pl_module)
+        if sum(phase.share or 0.0 for phase in self.plan) == 0 and all(p.epochs for p in self.plan[:-1]):
+            self._check_epochs(trainer)
+        pl_module.schedule = Phased(getattr(pl_module.schedule, "base", pl_module.schedule))
+        self._expected = self.phase.apply(pl_module)
+
+    def _check_epochs(self, trainer: Trainer | None) -> None:
+        """Refuse a last phase that is never reached, where that is known beforehand."""
+        needed, most = sum(p.epochs or 0 for p in self.plan[:-1]), getattr(trainer, "max_epochs", None)
+        if most is not None and 0 < most <= needed:
+            raise ConfigError(
+                f"trainer.max_epochs={most} ends before the last of {len(self.plan)} phases begins, after {needed} "
+                f"epochs; raise it, or let methods.{self.name} thaw faster"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know the length of the first phase; a resumed run goes on with what it has restored."""
+        self._due = True
+        if self._resumed:
+            if self._over and self.index == len(self.plan) - 1:
+                trainer.should_stop = True
+        elif isinstance(pl_module, Task):
+            self._begin(trainer, pl_module)
+
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Where an optimizer step begins: enter the next phase when this one is over, and check what trains."""
+        if batch_idx % trainer.accumulate_grad_batches or not isinstance(pl_module, Task):
+            return
+        if self._ended(trainer):
+            self._advance(trainer, pl_module)
+        if self._due:
+            check_trainability(pl_module.backbone, pl_module.frozen_stages, self._expected)
+            self._due = False
+
+    def _ended(self, trainer: Trainer) -> bool:
+        if self.index == len(self.plan) - 1:
+            return False
+        if self.phase.epochs is not None:
+            return trainer.current_epoch - self.start_epoch >= self.phase.epochs
+        if self.phase.patience is not None:
+            return self._over
+        return trainer.global_step - self.start_step >= self._length
+
+    def _advance(self, trainer: Trainer, task: Task) -> None:
+        """Leave this phase and enter the next."""
+        if self._weights is not None:
+            task.load_state_dict(self._weights)
+        self.index += 1
+        self.start_step, self.start_epoch = trainer.global_step, trainer.current_epoch
+        self._forget()
+        self._expected = self.phase.apply(task)
+        if self.phase.moments == "reset":
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+        self._begin(trainer, task)
+        rewrap(trainer, task)
+        self._due = True
+        frozen = ", ".join(sorted(task.frozen_stages)) or "nothing"
+        rank_zero_info(
+            f"methods.{self.name}: phase {self.index + 1} of {len(self.plan)} from optimizer step {self.start_step}, "
+            f"frozen: {frozen}"
+        )
+
+    def _begin(self, trainer: Trainer, task: Task) -> None:
+        """Set the schedule of the phase, and the learning rates of its first step."""
+        total = int(trainer.estimated_stepping_batches)
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        self._length = planned_steps(self.phase, self.start_step, total, steps_per_epoch)
+        self._set_schedule(task)
+        for optimizer in trainer.optimizers:
+            set_rates_(optimizer, task.schedule(trainer.global_step, total))
+
+    def _set_schedule(self, task: Task) -> None:
+        assert isinstance(task.schedule, Phased)
+        phase = self.phase
+        task.schedule.begin(self.start_step, self._length, phase.rates, phase.warmup, phase.lr)
+
+    # -- the monitored metric ----------------------------------------------------------------------------------
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count validations without improvement; the first process's value decides for all."""
+        self._due = True
+        phase = self.phase
+        if trainer.sanity_checking or not (phase.patience or phase.restore_best):
+            return
+        assert self.monitor is not None
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(k for k in trainer.callback_metrics if "/val/" in k)) or "nothing"
+            raise ConfigError(f"methods.{self.name}.monitor={self.monitor!r} was not measured; there is {known}")
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        if self._improves(value):
+            self._best, self._bad = value, 0
+            if phase.restore_best:
+                self._weights = {k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items()}
+            return
+        self._bad += 1
+        if phase.patience is not None and self._bad >= phase.patience:
+            self._over = True
+            if self.index == len(self.plan) - 1:
+                trainer.should_stop = True
+
+    def _improves(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self._best is None:
+            return True
+        change = value - self._best if self.mode == "max" else self._best - value
+        return change > self.min_delta
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The phase, where it began, and what its end depends on."""
+        return {
+            "phases": len(self.plan),
+            "index": self.index,
+            "start_step": self.start_step,
+            "start_epoch": self.start_epoch,
+            "length": self._length,
+            "best": self._best,
+            "bad": self._bad,
+            "over": self._over,
+            "weights": self._weights,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Enter the phase of the checkpoint: after the weights are loaded, before DDP wraps and the optimizer is made.
+
+        Raises:
+            CheckpointError: the run it comes from had another number of phases.
+        """
+        if self._task is None:
+            return
+        if state_dict["phases"] != len(self.plan):
+            raise CheckpointError(
+                f"the checkpoint comes from a run with {state_dict['phases']} phases, methods.{self.name} has "
+                f"{len(self.plan)}; resume with the run's own config, or start a new run from it with --init"
+            )
+        self.index, self.start_step = state_dict["index"], state_dict["start_step"]
+        self.start_epoch, self._length = state_dict["start_epoch"], state_dict["length"]
+        self._best, self._bad, self._over = state_dict["best"], state_dict["bad"], state_dict["over"]
+        self._weights = state_dict["weights"]
+        self._expected = self.phase.apply(self._task)
+        self._set_schedule(self._task)
+        self._resumed = True
