@@ -18,6 +18,8 @@ BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 def squared_distances(x: Tensor) -> Tensor:
     """Squared Euclidean distances between all rows, never negative.
 
+    Sums are taken in float64 where the device has it: |a|^2 + |b|^2 - 2ab loses what is left of close rows.
+
     Args:
         x: [n, d].
 
@@ -25,9 +27,9 @@ def squared_distances(x: Tensor) -> Tensor:
         [n, n], in float32 at least.
     """
     x = upcast(x)
-    x = x - x.detach().mean(0)  # distances do not change, the cancellation below is less
-    square = x.square().sum(1)
-    return (square[:, None] + square[None, :] - 2 * x @ x.T).clamp(min=0)
+    wide = x if x.device.type == "mps" else x.double()
+    square = wide.square().sum(1)
+    return (square[:, None] + square[None, :] - 2 * wide @ wide.T).clamp(min=0).to(x.dtype)
 
 
 def gaussian_kernel(x: Tensor, bandwidths: Sequence[float] = BANDWIDTHS, scale: float | None = None) -> Tensor:

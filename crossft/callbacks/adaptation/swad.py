@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from crossft.backbones import batch_norms
+from crossft.backbones.batchnorm import batch_norms
 from crossft.errors import ConfigError
 from crossft.tasks import Task
 

@@ -1,0 +1,137 @@
+"""What holds for every method: weight 0, label quarantine, save and restore, composition and order."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from adaptation_cases import CASES, SWAD_CASE, data_of, fit
+from lightning.pytorch import Callback
+from tiny import flat, image_domains
+
+from crossft.callbacks.adaptation import CDAN, CORAL, DANN, MCC, MMD
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints
+from crossft.callbacks.retention import L2SP
+from crossft.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_domains(tmp_path_factory.mktemp("images"), domains=("photo", "sketch", "art"), each=24)
+
+
+class AsksFor(Callback):
+    """Asks for the rows that a method asks for, and does nothing else: its run has the same mixed batches."""
+
+    def __init__(self, method: Callback) -> None:
+        self.method = method
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        for role, need in (("source", self.method.needs_source), ("target", self.method.needs_target)):
+            if need != "none":
+                trainer.datamodule.include(role, labels=need == "labeled")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weight_zero_is_the_run_without_it(root: Path, name: str) -> None:
+    case = CASES[name]
+    plain = fit(data_of(root, case.sources), {}, dropout=0.2, extra=(AsksFor(case.make(1.0)),))[1]
+    off = fit(data_of(root, case.sources), {name: case.make(0.0)}, dropout=0.2)[1]
+    on = fit(data_of(root, case.sources), {name: case.make(case.weight)}, dropout=0.2)[1]
+    assert torch.equal(flat(off), flat(plain))
+    assert (flat(on) - flat(plain)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", [*CASES, "swad"])
+def test_a_restored_run_ends_at_the_same_bits(root: Path, tmp_path: Path, name: str) -> None:
+    case = SWAD_CASE if name == "swad" else CASES[name]
+    at, more = 2, {}
+    if name == "swad":  # resumed between two validations
+        at, more = 3, {"limit_val_batches": 1.0, "val_check_interval": 2}
+
+    def run(ckpt: Path | None = None):
+        methods = {name: case.make(case.weight)}
+        saves = Checkpoints(tmp_path, every_minutes=None, every_n_steps=at, keep=9)
+        writes = {"plugins": [AtomicCheckpointIO()], "enable_checkpointing": True, **more}
+        data = data_of(root, case.sources)
+        return fit(data, methods, dropout=0.2, ckpt_path=ckpt, extra=(saves,), **writes)[1]
+
+    whole = run()
+    again = run(tmp_path / "checkpoints" / f"step-{at}.ckpt")
+    assert torch.equal(flat(again), flat(whole))
+    for a, b in zip(whole.attachments.state_dict().values(), again.attachments.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_permuting_the_labels_of_the_target_changes_no_bit(root: Path, tmp_path: Path) -> None:
+    """All methods that read the target at once: files move between class folders, the content stays."""
+    shutil.copytree(root, tmp_path / "permuted")
+    target = tmp_path / "permuted" / "sketch"
+    for i, path in enumerate(sorted(target.glob("*/*.png"))):
+        path.rename(target / ("dog", "cat")[i % 2] / f"moved-{i:03d}.png")
+    ends = []
+    for folder in (root, tmp_path / "permuted"):
+        methods = {n: c.make(0.1 * c.weight) for n, c in CASES.items() if not c.sources}
+        ends.append(flat(fit(data_of(folder, False), methods)[1]))
+    assert torch.equal(*ends)
+    assert torch.isfinite(ends[0]).all()
+
+
+def test_the_order_of_methods_does_not_matter(root: Path) -> None:
+    def methods() -> dict[str, Callback]:
+        return {n: c.make(0.1 * c.weight) for n, c in CASES.items() if not c.sources}
+
+    one = fit(data_of(root, False), methods(), dropout=0.2)[1]
+    two = fit(data_of(root, False), dict(reversed(methods().items())), dropout=0.2)[1]
+    assert torch.equal(flat(one), flat(two))
+
+
+THREE = {
+    "dann": lambda: DANN(hidden=8),
+    "cdan": lambda: CDAN(hidden=8),
+    "mmd": lambda: MMD(),
+    "coral": lambda: CORAL(),
+    "mcc": lambda: MCC(),
+}
+
+
+@pytest.mark.parametrize("left_out", [("mmd", "mcc"), ("dann", "coral"), ("cdan", "mmd")])
+def test_three_methods_and_a_penalty_run_together(root: Path, left_out: tuple[str, str]) -> None:
+    names = [n for n in THREE if n not in left_out]
+    all_of_them = fit(data_of(root, False), {**{n: THREE[n]() for n in names}, "l2sp": L2SP()})[1]
+    for missing in names:
+        some = {n: THREE[n]() for n in names if n != missing}
+        assert not torch.equal(flat(fit(data_of(root, False), {**some, "l2sp": L2SP()})[1]), flat(all_of_them))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_of_one_class_stay_apart(name: str) -> None:
+    one, two = CASES[name].make(1.0), CASES[name].make(2.0)
+    one.name, two.name = "one", "two"
+    assert one.state_key != two.state_key
+
+
+def test_swad_makes_the_average_the_model(root: Path) -> None:
+    """Over a valley that holds every step, the model at the end is the mean of the weights after each step."""
+    seen: list[torch.Tensor] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            seen.append(torch.cat([p.detach().double().flatten() for p in pl_module.parameters()]))
+
+    swad = {"swad": SWAD_CASE.make(1.0)}
+    more = {"limit_val_batches": 1.0, "val_check_interval": 1}
+    task = fit(data_of(root, True), swad, extra=(Watch(),), **more)[1]
+    end = torch.cat([p.detach().double().flatten() for p in task.parameters()])
+    assert torch.allclose(end, torch.stack(seen).mean(0), atol=1e-6)
+    assert not torch.allclose(end, seen[-1], atol=1e-4)
+
+
+def test_swad_refuses_statistics_that_train_and_losses_that_are_not_there(root: Path) -> None:
+    from crossft.callbacks.adaptation import SWAD
+
+    more = {"limit_val_batches": 1.0, "val_check_interval": 1}
+    with pytest.raises(ConfigError, match=r"needs \['nowhere/val/loss'\]; validation measures art/val/accuracy"):
+        fit(data_of(root, True), {"swad": SWAD(monitor="nowhere/val/loss")}, **more)

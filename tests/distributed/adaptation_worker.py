@@ -1,0 +1,57 @@
+"""Runs in one or two processes (torchrun): trains with every method. See ``test_adaptation_equality.py``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from adaptation_cases import CASES, SWAD_CASE, WORLD, data_of, fit
+from tiny import flat
+from torch import nn
+
+from crossft.functional import gather_rows, mean_over_processes
+
+
+def gathered(rank: int) -> dict[str, torch.Tensor]:
+    """Gradients through the gather where rank 0 has three rows and rank 1 two, by DDP's own average."""
+    whole = torch.arange(10.0).view(5, 2).sin().double()
+    mine = whole if WORLD == 1 else (whole[:3], whole[3:])[rank]
+    layer = nn.Linear(2, 3).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+    model = nn.parallel.DistributedDataParallel(layer) if WORLD > 1 else layer
+    (rows,) = gather_rows(model(mine))
+    labels = gather_rows(torch.arange(5) if WORLD == 1 else (torch.arange(3), torch.arange(3, 5))[rank])[0]
+    rows.cov().square().sum().backward()
+    found = {"rows": rows.detach(), "labels": labels, **{n: p.grad.clone() for n, p in layer.named_parameters()}}
+    layer.zero_grad()
+    # each process holds the sum of its rows over half of all rows: the mean over processes is the mean over rows
+    share = model(mine).sum(0) / (5 / WORLD)
+    mean_over_processes(share).square().sum().backward()
+    return found | {f"mean/{n}": p.grad.clone() for n, p in layer.named_parameters()}
+
+
+def main(root: Path, out: Path) -> None:
+    results: dict[str, torch.Tensor] = {}
+    for accumulation in (1, 4 // WORLD):
+        for name, case in {**CASES, "swad": SWAD_CASE}.items():
+            if accumulation > 1 and not case.rows:
+                continue
+            more = {"limit_val_batches": 1.0, "val_check_interval": 2 * accumulation} if name == "swad" else {}
+            data = data_of(root, case.sources, accumulation)
+            _, task = fit(data, {name: case.make(case.weight)}, accumulation, **more)
+            results[f"{name}/{accumulation}"] = flat(task)
+            kept = [t.detach().double().reshape(-1) for t in task.attachments.state_dict().values()]
+            results[f"{name}/{accumulation}/term"] = torch.cat([torch.zeros(1), *kept])
+    for sources in (False, True):
+        results[f"none-{sources}/1"] = flat(fit(data_of(root, sources), {})[1])
+    rank = int(os.environ.get("RANK", "0"))
+    results |= {f"gather/{k}": v for k, v in gathered(rank).items()}
+    torch.save(results, out / f"results-{WORLD}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
