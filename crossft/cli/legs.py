@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from filelock import FileLock
 
 from crossft.callbacks.monitoring import latest_valid
+from crossft.callbacks.monitoring.checkpoint_io import sha256
 from crossft.cli.launch import Launch
 from crossft.cli.leg import Leg
 from crossft.cli.loggers import wandb_id
@@ -29,9 +31,9 @@ __all__ = ["Chain", "run", "source_settings"]
 NOT_TRAINED = (
     "run", "wandb", "before", "experiment", "arm", "seed_everything", "checkpoints", "data.root", "data.num_workers",
     "data.verify", "data.cache_images", "data.inputs", "trainer.logger", "trainer.enable_progress_bar",
-    "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler", "model.init_args.domains",
+    "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler", "model.init_args.domains", "init",
 )  # fmt: skip
-"""Keys that do not change what is trained, or that a run's id names otherwise: left out of the config's hash."""
+"""Keys that do not change what is trained, or that stand in a run's id or hash by content: left out of the hash."""
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -156,7 +158,8 @@ class Chain:
     def _decide(self, data: DomainData, source_data: DomainData | None) -> dict[str, Any]:
         """Make or open the folders, and say what is left to do; in the first process, before any Trainer."""
         source = self._source_folder(source_data) if source_data is not None else None
-        digest = config_hash({**self._hashed(self.settings), "data_content": data.fingerprint})
+        start = sha256(self.init) if self.init is not None else None
+        digest = config_hash({**self._hashed(self.settings), "data_content": data.fingerprint, "init_content": start})
         if self.folder is None:
             parent = str(source.path) if source is not None else self.settings.config.init
             self.folder = self._create(self.settings, self._path(digest), digest, data, parent)
@@ -216,6 +219,9 @@ class Chain:
 
     def _create(self, settings: Settings, path: Path, digest: str, data: DomainData, parent: str | None) -> RunFolder:
         config = settings.config
+        config.data.root = str(Path(config.data.root).absolute())
+        config.init = _text(Path(config.init).absolute()) if config.init else None
+        _reclaim(path)
         roles: dict[str, list[str]] = {}
         for domain in data.domains:
             roles.setdefault(domain.role, []).append(domain.name)
@@ -259,6 +265,17 @@ class Chain:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def _reclaim(path: Path) -> None:
+    """Remove a run that failed before it saved anything, so that the corrected command can take its place."""
+    folder = RunFolder(path)
+    if (
+        folder.summary_file.is_file()
+        and folder.summary()["status"] == "failed"
+        and not any(folder.checkpoints.iterdir())
+    ):
+        shutil.rmtree(path)
 
 
 def _text(path: Path | None) -> str | None:

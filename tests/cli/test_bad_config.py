@@ -11,6 +11,7 @@ import yaml
 
 from crossft.cli import main
 from crossft.cli.parser import Settings
+from crossft.runs import RunFolder
 
 L2SP = "crossft.callbacks.retention.L2SP"
 
@@ -109,3 +110,15 @@ def test_null_reaches_nested_arguments(config: Path, flag: str) -> None:
 def test_plain_values_parse_back_to_themselves(config: Path) -> None:
     settings = Settings([f"--config={config}", "--data.root=.", "--data.source=a", "--data.target=b,c"])
     assert Settings(settings.plain()).plain() == settings.plain()
+
+
+def test_corrected_command_takes_the_place_of_one_that_failed_at_once(
+    fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--source_leg=null", "--trainer.max_steps=1", f"--run.dir={tmp_path / 'run'}"]
+    assert fit(tmp_path, *words, "--select=target/val/acuracy") == 2
+    assert RunFolder(tmp_path / "run").summary()["status"] == "failed"
+    assert "acuracy" in RunFolder(tmp_path / "run").summary()["error"]
+    assert fit(tmp_path, *words) == 0
+    assert RunFolder(tmp_path / "run").summary()["status"] == "finished"
+    assert fit(tmp_path, *words, "--select=target/val/acuracy") == 1, "a finished run is never removed"

@@ -1,0 +1,81 @@
+"""``crossft sweep`` with the real command line: 2 x 2 arms, 2 seeds, killed once and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crossft.cli import main
+from crossft.runs import RunFolder
+
+LR, FREEZE = "model.init_args.optimizer.init_args.lr", "methods.freeze.train_last"
+
+
+@pytest.fixture(scope="module")
+def study(config: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep file over the tiny config: two learning rates by two depths, two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    fixed = {"data.root": str(images), "data.source": "photo", "data.target": "sketch", "run.root": str(folder)}
+    fixed |= {"data.shots": 3, "trainer.max_epochs": 1, "methods.freeze.train_last": 2}
+    parameters = {key: {"value": value} for key, value in fixed.items()}
+    parameters |= {LR: {"values": [0.001, 0.003]}, FREEZE: {"values": [0, 2]}}
+    file = folder / "study.yaml"
+    metric = {"name": "target/test/accuracy", "goal": "maximize"}
+    content = {"config": str(config), "seeds": 2, "metric": metric, "parameters": parameters}
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_killed_sweep_finishes_every_run_once(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = study.parent / "study"
+    process = subprocess.Popen([sys.executable, "-m", "crossft.cli", "sweep", "run", str(study), "--slots=2"])
+    while not list(root.glob("train_last=*/config.yaml")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    victim, *_ = children(process)
+    process.kill()
+    os.kill(victim, signal.SIGKILL)
+    process.wait()
+    assert main(["sweep", "run", str(study), "--slots=2"]) == 0
+    printed = capsys.readouterr().out
+    runs = sorted(root.glob("train_last=*"))
+    assert len(runs) == 8
+    assert {RunFolder(run).summary()["status"] for run in runs} == {"finished"}
+    sources = [RunFolder(path) for path in root.glob("source-*")]
+    assert len(sources) == 2, "a source leg a seed, shared by its four arms"
+    assert {RunFolder(run).summary()["parent"] for run in runs} == {str(source.path) for source in sources}
+    logs = {run.name: (root / "logs" / f"{run.name}.log").read_text() for run in runs}
+    starts = {name: (log.count("$ crossft fit "), log.count("$ crossft resume ")) for name, log in logs.items()}
+    assert sum(fits + resumes for fits, resumes in starts.values()) <= 9, starts
+    assert all(1 <= fits + resumes <= 2 for fits, resumes in starts.values())
+    assert sum(log.count("source: fitting") for log in logs.values()) <= 3
+    assert "best mean of target/test/accuracy: train_last=" in printed
+    for name in ("comparison.html", "comparison.md", "comparison.csv", "tradeoff.png"):
+        assert (root / name).stat().st_size > 100, name
+    assert "train_last=2,lr=0.003" in (root / "comparison.md").read_text()
+
+
+def test_bad_arm_is_refused_by_name_before_any_starts(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = study.with_name("bad.yaml")
+    content = yaml.safe_load(study.read_text())
+    arms = {"good": {}, "typo": {"methods.l2sp.wieght": 1}, "minus": {"data.batch_size": -1}}
+    parameters = {k: v for k, v in content["parameters"].items() if "value" in v}
+    bad.write_text(yaml.safe_dump({**content, "arms": arms, "parameters": parameters}))
+    assert main(["sweep", "plan", str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 arms are refused" in error
+    assert "arm typo (photo → sketch): " in error
+    assert "wieght" in error
+    assert "arm minus (photo → sketch): data.batch_size=-1 must be at least 1" in error
+    assert not (study.parent / "bad").exists()
