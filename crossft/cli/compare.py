@@ -16,7 +16,7 @@ _FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Print one table for each experiment, source and target."""
+    """Print one table for each experiment, source and target, and one over all of them where there are several."""
     parser = argparse.ArgumentParser(
         "crossft compare",
         description="Put runs side by side: mean over seeds with 95 % intervals, and tests against a baseline.",
@@ -29,11 +29,14 @@ def run(command: str, arguments: list[str]) -> int:
     output: Path | None = options.output
     if output is not None and output.suffix not in (*_FORMATS, ".html"):
         raise ConfigError(f"--output={output}: choose an ending among {', '.join(_FORMATS)}, .html")
+    from crossft.reports.overall import overall
     from crossft.reports.page import write_page
     from crossft.reports.records import read_records
     from crossft.reports.tables import compare
 
-    tables = compare(read_records(options.runs), options.baseline, options.metrics)
+    records = read_records(options.runs)
+    tables = compare(records, options.baseline, options.metrics)
+    tables += overall(records, options.baseline, options.metrics)
     for table in tables:
         Console(highlight=False).print(table.rich())
     if output is not None:

@@ -96,6 +96,7 @@ def _clock(seconds: float) -> str:
 def _report(plan: Plan) -> None:
     """Print the comparison of the sweep's runs; write it, its pictures and its page beside the run folders."""
     from crossft.reports.figures import tradeoff
+    from crossft.reports.overall import overall
     from crossft.reports.page import write_page
     from crossft.reports.records import groups, headline, leaves, read_records
     from crossft.reports.tables import compare
@@ -108,7 +109,7 @@ def _report(plan: Plan) -> None:
     columns, metric = headline(records), plan.sweep.metric
     if metric in records.columns and metric not in columns:
         columns.append(str(metric))
-    tables = compare(records, baseline, columns or None)
+    tables = [*compare(records, baseline, columns or None), *overall(records, baseline, columns or None)]
     for table in tables:
         Console(highlight=False).print(table.rich())
         _print_best(table, metric)

@@ -18,6 +18,7 @@ import pandas as pd
 from crossft import __version__
 from crossft.errors import RunError
 from crossft.reports.figures import tradeoff
+from crossft.reports.overall import overall
 from crossft.reports.records import groups, headline, leaves, read_records, with_baseline
 from crossft.reports.tables import ArmTable, compare, label
 from crossft.runs import RunFolder, write_atomic
@@ -62,6 +63,10 @@ def write_page(
 
 def _groups(records: pd.DataFrame, baseline: str | None) -> Iterable[str]:
     compared = leaves(records)
+    for table in overall(records, baseline):
+        yield f"<h2>{escape(table.title)}</h2>"
+        yield _arms(table)
+        yield from (f"<p>{escape(note)}</p>" for note in table.notes)
     for table, (title, runs) in zip(compare(records, baseline), groups(compared)):
         yield f"<h2>{escape(title)}</h2>"
         yield _arms(table)

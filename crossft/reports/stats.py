@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -96,11 +96,11 @@ def hedges_correction(degrees: int) -> float:
     return float(math.exp(log))
 
 
-def compare_paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:
-    """Compare an arm with the baseline, paired by seed; None where no seed is in both.
+def compare_paired(arm: Mapping[Any, float], baseline: Mapping[Any, float]) -> Comparison | None:
+    """Compare an arm with the baseline, paired by seed, or by task and seed; None where nothing is in both.
 
     Args:
-        arm: value by seed; ``baseline`` the same. NaN counts as missing.
+        arm: value by seed, or by task and seed; ``baseline`` the same. NaN counts as missing.
     """
     differences = [arm[s] - baseline[s] for s in arm if s in baseline]
     differences = [d for d in differences if math.isfinite(d)]

@@ -18,7 +18,7 @@ from crossft.reports.records import groups, headline, leaves, with_baseline
 from crossft.reports.stats import Comparison, Interval, compare_paired, holm, interval, smallest_p
 from crossft.runs import higher_is_better
 
-__all__ = ["ArmTable", "Cell", "arm_table", "compare", "label"]
+__all__ = ["ALPHA", "ArmTable", "Cell", "arm_table", "compare", "counted", "label", "run_counts"]
 
 ALPHA = 0.05
 _CSV: tuple[str, ...] = ("group", "arm", "metric", "mean", "half", "sd", "n")
@@ -164,11 +164,9 @@ def arm_table(
     runs: pd.DataFrame, title: str, baseline: str | None = None, metrics: Sequence[str] | None = None
 ) -> ArmTable:
     """The table of one group of comparable runs; see ``compare``. Only finished runs enter a mean."""
-    finished = runs[runs["status"] == "finished"]
+    finished = counted(runs)
     notes = _notes(runs)
-    repeated = finished.duplicated(["arm", "seed"], keep=False)
-    finished = finished.sort_values("written", kind="stable").drop_duplicates(["arm", "seed"], keep="last").sort_index()
-    if repeated.any():
+    if len(finished) < (runs["status"] == "finished").sum():
         notes.append("Some arms have several runs of one seed; the newest counts.")
     if baseline is not None and not (finished["arm"] == baseline).any():
         notes.append(f"No run of the baseline {baseline} finished here: nothing is compared.")
@@ -183,9 +181,15 @@ def arm_table(
     for metric in chosen:
         cells |= {(arm, metric): cell for arm, cell in _column(finished, arms, metric, baseline).items()}
     notes += _power(cells, baseline)
-    counts = {arm: _count(runs.loc[runs["arm"] == arm, "status"]) for arm in arms}
+    counts = {arm: run_counts(runs.loc[runs["arm"] == arm, "status"]) for arm in arms}
     ordered = {(arm, metric): cells[arm, metric] for arm in arms for metric in chosen}
     return ArmTable(title, chosen, counts, ordered, baseline, notes)
+
+
+def counted(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs, of several with one arm and seed the newest."""
+    finished = runs[runs["status"] == "finished"].sort_values("written", kind="stable")
+    return finished.drop_duplicates(["arm", "seed"], keep="last").sort_index()
 
 
 def _column(finished: pd.DataFrame, arms: list[str], metric: str, baseline: str | None) -> dict[str, Cell]:
@@ -206,7 +210,8 @@ def _column(finished: pd.DataFrame, arms: list[str], metric: str, baseline: str 
     return cells
 
 
-def _count(status: pd.Series[str]) -> str:
+def run_counts(status: pd.Series[str]) -> str:
+    """How many runs finished, and what became of the others: ``8, 1 failed``."""
     counts = status.value_counts()
     finished = int(counts.pop("finished")) if "finished" in counts else 0
     return f"{finished}" + "".join(f", {n} {name}" for name, n in counts.items())

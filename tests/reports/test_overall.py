@@ -1,0 +1,83 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports.folders import write_run
+
+from crossft.reports.overall import RANK, overall
+from crossft.reports.page import write_page
+from crossft.reports.records import read_records
+from crossft.reports.tables import ArmTable
+
+TASKS = {"sketch": 0.0, "cartoon": 0.2, "art": -0.1}
+SEEDS = 4
+
+
+def on(target: str, **fields: Any) -> dict[str, Any]:
+    return {"domains": {"source": ["photo"], "target": [target]}, **fields}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> ArmTable:
+    for target, shift in TASKS.items():
+        root = tmp_path / target / "pacs"
+        for seed in range(SEEDS):
+            noise = 0.01 * seed
+            write_run(root, "base", seed, 0.5 + shift + noise, **on(target))
+            write_run(root, "better", seed, 0.6 + shift + noise, **on(target))
+            write_run(root, "mixed", seed, 0.5 + 3 * shift + 2 * noise, **on(target))
+        write_run(root, "partly", 0, 0.9, **on(target, status="finished" if target == "art" else "failed"))
+    (found,) = overall(read_records([tmp_path]), "base")
+    return found
+
+
+def test_values_are_means_over_tasks_with_intervals_over_seeds(table: ArmTable) -> None:
+    assert table.title == "pacs: over 3 tasks"
+    cell = table.cells["base", "target/test/accuracy"]
+    assert cell.value.mean == pytest.approx(0.5 + 0.1 / 3 + 0.015)
+    assert cell.value.n == SEEDS
+    assert cell.value.sd == pytest.approx(0.01 * (5 / 3) ** 0.5)
+    assert table.cells["partly", "target/test/accuracy"].value.n == 0
+    assert table.runs == {"base": "12", "better": "12", "mixed": "12", "partly": "1, 2 failed"}
+
+
+def test_pairs_are_seeds_and_tasks(table: ArmTable) -> None:
+    better = table.cells["better", "target/test/accuracy"]
+    assert better.comparison is not None
+    assert better.comparison.difference.n == 12
+    assert better.comparison.difference.mean == pytest.approx(0.1)
+    assert better.comparison.p == 2 / 2**12
+    assert better.p_holm == 3 * 2 / 2**12
+    assert better.better is True
+    assert table.cells["mixed", "target/test/accuracy"].better is None
+    partly = table.cells["partly", "target/test/accuracy"].comparison
+    assert partly is not None
+    assert partly.difference.n == 1
+
+
+def test_ranks_are_averaged_over_tasks_that_all_arms_finished(table: ArmTable) -> None:
+    assert table.metrics[-1] == RANK
+    ranks = {arm: table.cells[arm, RANK].value.mean for arm in ("base", "better", "mixed")}
+    # sketch: better 1, mixed 2, base 3; cartoon: mixed 1, better 2, base 3; art: better 1, base 2, mixed 3
+    assert ranks == pytest.approx({"base": 8 / 3, "better": 4 / 3, "mixed": 2.0})
+    assert table.cells["partly", RANK].value.n == 0
+
+
+def test_rank_one_is_the_smallest_error(tmp_path: Path) -> None:
+    for target in ("a", "b"):
+        for arm, error in (("good", 1.0), ("bad", 2.0)):
+            fields = on(target, metrics={"target/test/mae": error}, primary={"target": "mae"})
+            write_run(tmp_path / target / "p", arm, 0, **fields)
+    (table,) = overall(read_records([tmp_path]))
+    assert [table.cells[arm, RANK].value.mean for arm in ("good", "bad")] == [1.0, 2.0]
+
+
+def test_one_task_has_no_such_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "p", "base", 0)
+    assert overall(read_records([tmp_path]), "base") == []
+
+
+def test_page_shows_it_first(tmp_path: Path, table: ArmTable) -> None:
+    html = write_page([tmp_path], tmp_path / "page.html", baseline="base").read_text()
+    assert 0 < html.index("<h2>pacs: over 3 tasks</h2>") < html.index("<h2>pacs: photo → art</h2>")
+    assert "paired by seed and task" in html
