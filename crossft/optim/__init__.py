@@ -3,6 +3,7 @@
 from crossft.optim.groups import parameter_groups
 from crossft.optim.phased import Phased, Rates, set_rates_
 from crossft.optim.plateau import Plateau
+from crossft.optim.recadam import RecAdam
 from crossft.optim.schedules import (
     Constant,
     Cosine,
@@ -23,6 +24,7 @@ __all__ = [
     "Phased",
     "Plateau",
     "Rates",
+    "RecAdam",
     "Schedule",
     "SlantedTriangular",
     "WarmedUp",

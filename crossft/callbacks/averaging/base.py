@@ -33,6 +33,7 @@ class PublishedWeights(Callback, ABC):
         super().__init__()
         self.name = type(self).__name__.lower()
         self._kept: dict[str, Tensor] | None = None
+        self._over = False
 
     @property
     def state_key(self) -> str:
@@ -51,6 +52,7 @@ class PublishedWeights(Callback, ABC):
         """
         if stage != "fit":
             return
+        self._over = False
         refuse_sharded(trainer, self.name)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [c for c in callbacks if isinstance(c, PublishedWeights) and c is not self]
@@ -83,13 +85,14 @@ class PublishedWeights(Callback, ABC):
         new = self.published(pl_module)
         if new is not None:
             _fill(pl_module, new)
+        self._over = True
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the published weights as the model, and those that train beside them."""
         assert isinstance(pl_module, Task)
-        new = self.published(pl_module) if self._kept is None else None
+        new = None if self._over or self._kept is not None else self.published(pl_module)
         state = checkpoint["state_dict"]
         if self._kept is not None:  # within a validation the model holds the published ones
             checkpoint[RAW] = dict(self._kept)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from crossft.callbacks.base import MethodCallback
+from crossft.callbacks.retention.rows import ids_of, refuse_absent
 from crossft.errors import ConfigError
 from crossft.functional.gather import gather_rows
 from crossft.functional.precision import upcast
@@ -58,4 +60,9 @@ class BSS(MethodCallback):
 
     def build(self, task: Task) -> LossTerm:
         """Shrink the features of target rows."""
-        return SpectralShrinkage(tuple(i for i, d in enumerate(task.domains) if d.role == "target"), self.k)
+        return SpectralShrinkage(ids_of(task, "target"), self.k)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a fit without rows to work on."""
+        assert isinstance(pl_module, Task)
+        refuse_absent(trainer, self.name, ids_of(pl_module, "target"))

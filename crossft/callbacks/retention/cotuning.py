@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.retention.rehearsal import seen_by
+from crossft.callbacks.retention.rows import ids_of, refuse_absent
 from crossft.callbacks.retention.teacher import old_heads
 from crossft.data.passes import training_rows
 from crossft.errors import ConfigError
@@ -26,15 +27,16 @@ class TranslatedLabels(LossTerm):
         head: key of the source's head.
         ids: ids of the target domains.
         classes: numbers of target and source labels.
+        train_head: whether the source's head trains.
     """
 
-    trains_source_head = True
     constants = ("relation",)
     relation: Tensor
     ready: Tensor
 
-    def __init__(self, head: str, ids: tuple[int, ...], classes: tuple[int, int]) -> None:
+    def __init__(self, head: str, ids: tuple[int, ...], classes: tuple[int, int], train_head: bool = True) -> None:
         super().__init__()
+        self.trains_source_head = train_head
         self.head, self.ids = head, ids
         self.register_buffer("relation", torch.full(classes, 1.0 / classes[1]))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
@@ -85,11 +87,12 @@ class CoTuning(MethodCallback):
         if {source.kind, targets[0][1].kind} != {"multiclass"}:
             raise ConfigError(f"methods.{self.name} translates classes; the labels are {targets[0][1].kind}")
         sizes = (len(targets[0][1].labels), len(source.labels))
-        return TranslatedLabels(old[0], tuple(i for i, _ in targets), sizes)
+        return TranslatedLabels(old[0], ids_of(task, "target"), sizes, self.weight > 0.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the starting model for the relation, once a run."""
         assert isinstance(pl_module, Task)
+        refuse_absent(trainer, self.name, ids_of(pl_module, "target"))
         term, data = pl_module.attachments.terms[self.name], trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(term, TranslatedLabels)
         if bool(term.ready):

@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.base import MethodCallback
+from crossft.callbacks.retention.rows import ids_of, refuse_absent
 from crossft.callbacks.retention.teacher import Teacher, TeacherTerm
 from crossft.data.passes import one_pass, training_rows
 from crossft.errors import ConfigError
@@ -128,12 +129,12 @@ class DELTA(MethodCallback):
             for name in stages if self.attention == "exact" else ():
                 task.backbone.forward_from(_after(names, name, self.name), shown[name], batch.inputs)
         widths = [channels_last(shown[name]).shape[2] for name in stages]
-        ids = tuple(i for i, d in enumerate(task.domains) if d.role == "target")
-        return ChannelDistance(Teacher(task.backbone), ids, stages, widths)
+        return ChannelDistance(Teacher(task.backbone), ids_of(task, "target"), stages, widths)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the attention at the starting weights, once a run."""
         assert isinstance(pl_module, Task)
+        refuse_absent(trainer, self.name, ids_of(pl_module, "target"))
         term = pl_module.attachments.terms[self.name]
         assert isinstance(term, ChannelDistance)
         if self.attention == "exact" and not bool(term.ready):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from crossft.callbacks.base import MethodCallback
+from crossft.callbacks.retention.rows import Which, ids_of, refuse_absent
 from crossft.callbacks.retention.teacher import Teacher, TeacherTerm
 from crossft.functional.distillation import feature_distance
 from crossft.tasks import Task
@@ -60,13 +60,15 @@ class FeatureDistillation(MethodCallback):
         StageError: a stage is unknown, or its output cannot be reached.
     """
 
-    def __init__(
-        self, weight: float = 1.0, stages: list[str] | None = None, rows: Literal["target", "all"] = "target"
-    ) -> None:
+    def __init__(self, weight: float = 1.0, stages: list[str] | None = None, rows: Which = "target") -> None:
         super().__init__(weight)
         self.stages, self.rows = tuple(stages or ()), rows
 
     def build(self, task: Task) -> LossTerm:
         """Copy the backbone as it is now: the leg's start."""
-        ids = tuple(i for i, d in enumerate(task.domains) if self.rows == "all" or d.role == "target")
-        return OldFeatures(Teacher(task.backbone), ids, self.stages)
+        return OldFeatures(Teacher(task.backbone), ids_of(task, self.rows), self.stages)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a fit without rows to work on."""
+        assert isinstance(pl_module, Task)
+        refuse_absent(trainer, self.name, ids_of(pl_module, self.rows))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from crossft.callbacks.base import MethodCallback
+from crossft.callbacks.retention.rows import Which, ids_of, refuse_absent
 from crossft.callbacks.retention.teacher import Teacher, TeacherTerm, old_heads
 from crossft.errors import ConfigError
 from crossft.functional.distillation import distillation
@@ -69,7 +69,7 @@ class LwF(MethodCallback):
         self,
         weight: float = 1.0,
         temperature: float = 2.0,
-        rows: Literal["target", "all"] = "target",
+        rows: Which = "target",
         train_heads: bool = True,
     ) -> None:
         super().__init__(weight)
@@ -81,6 +81,11 @@ class LwF(MethodCallback):
         """Copy the model as it is now: the leg's start."""
         keys = old_heads(task, self.name)
         kinds: dict[str, Kind] = {k: next(d.kind for d in task.domains if task.head_keys[d.name] == k) for k in keys}
-        ids = tuple(i for i, d in enumerate(task.domains) if self.rows == "all" or d.role == "target")
+        ids = ids_of(task, self.rows)
         teacher = Teacher(task.backbone, {k: task.heads[k] for k in keys})
-        return OldOutputs(teacher, kinds, ids, self.temperature, self.train_heads)
+        return OldOutputs(teacher, kinds, ids, self.temperature, self.train_heads and self.weight > 0.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a fit without rows to work on."""
+        assert isinstance(pl_module, Task)
+        refuse_absent(trainer, self.name, ids_of(pl_module, self.rows))

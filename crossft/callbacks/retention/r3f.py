@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from crossft.backbones.batchnorm import without_statistics
 from crossft.callbacks.base import MethodCallback, method_seed
+from crossft.callbacks.retention.rows import ids_of, refuse_absent
 from crossft.errors import ConfigError, StageError
 from crossft.functional.distillation import symmetric_kl
 from crossft.tasks import Task
@@ -125,3 +127,8 @@ class R3F(MethodCallback):
             self.noise,
             method_seed(self.name),
         )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a fit without rows to work on."""
+        assert isinstance(pl_module, Task)
+        refuse_absent(trainer, self.name, ids_of(pl_module, "target"))
