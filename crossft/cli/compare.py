@@ -30,7 +30,6 @@ def run(command: str, arguments: list[str]) -> int:
     if output is not None and output.suffix not in (*_FORMATS, ".html"):
         raise ConfigError(f"--output={output}: choose an ending among {', '.join(_FORMATS)}, .html")
     from crossft.reports.overall import overall
-    from crossft.reports.page import write_page
     from crossft.reports.records import read_records
     from crossft.reports.tables import compare
 
@@ -41,6 +40,8 @@ def run(command: str, arguments: list[str]) -> int:
         Console(highlight=False).print(table.rich())
     if output is not None:
         if output.suffix == ".html":
+            from crossft.reports.page import write_page
+
             write_page(options.runs, output, baseline=options.baseline)
         else:
             write_atomic(output, "\n".join(getattr(table, _FORMATS[output.suffix])() for table in tables))

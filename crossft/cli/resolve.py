@@ -19,8 +19,8 @@ from crossft.runs import config_hash
 
 __all__ = ["main", "resolve"]
 
-_READ = {"data.root", "before"}
-"""Left out of a run's own hash, as its data's content is in it; they count here, where no data is read."""
+_READ = {"data.root", "before", "init"}
+"""Left out of a run's own hash, where the content of the data and of the model count; here no file is read."""
 
 
 def resolve(line: list[str], allow: list[str]) -> dict[str, Any]:

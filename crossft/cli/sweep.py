@@ -24,7 +24,7 @@ from crossft.sweeps.state import State, state_of
 if TYPE_CHECKING:
     from crossft.reports.tables import ArmTable
 
-__all__ = ["run"]
+__all__ = ["close", "print_plan", "report", "run"]
 
 _DESCRIPTION = """Run every arm and seed of a sweep file. plan checks every config and prints what would run;
 run does it, and goes on where it was stopped: finished runs are kept, unfinished ones resumed.
@@ -36,7 +36,7 @@ def run(command: str, arguments: list[str]) -> int:
     options, flags = _options(arguments)
     plan = make_plan(read_sweep(options.file, flags), options.allow)
     if options.what == "plan":
-        _print_plan(plan, options.slots)
+        print_plan(plan, options.slots)
         return 0
     gpus = [int(number) for number in options.gpus.split(",")] if options.gpus else None
     local = Local(plan, options.slots, options.threads, gpus, options.retry)
@@ -44,8 +44,8 @@ def run(command: str, arguments: list[str]) -> int:
     print(f"{len(plan.runs)} runs, {done} finished; {options.slots} at a time with {local.threads} threads each")
     with SweepProgress(len(plan.runs)) as progress:
         outcomes = local.run(progress)
-    _report(plan)
-    return _close(outcomes)
+    report(plan)
+    return close(outcomes)
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,7 +65,8 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, flags
 
 
-def _print_plan(plan: Plan, slots: int) -> None:
+def print_plan(plan: Plan, slots: int) -> None:
+    """Print the arms with their differences and states, the number of runs and source legs, and what is left to do."""
     console = Console(highlight=False)
     table = Table(box=SIMPLE_HEAD)
     for name in ("arm", "runs", f"difference to {plan.base}"):
@@ -93,7 +94,7 @@ def _clock(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _report(plan: Plan) -> None:
+def report(plan: Plan) -> None:
     """Print the comparison of the sweep's runs; write it, its pictures and its page beside the run folders."""
     from crossft.reports.figures import tradeoff
     from crossft.reports.overall import overall
@@ -132,8 +133,8 @@ def _print_best(table: ArmTable, metric: str | None) -> None:
         print(f"best mean of {metric}: {best} ({known[best]:.4f})")
 
 
-def _close(outcomes: Sequence[Outcome]) -> int:
-    """Say which runs are not finished, and why."""
+def close(outcomes: Sequence[Outcome]) -> int:
+    """Say which runs are not finished, and why; return the exit code."""
     wrong = [o for o in outcomes if o.state is not State.FINISHED]
     for outcome in wrong:
         word = "failed" if outcome.state is State.FAILED else "stopped"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crossft.errors import ConfigError
@@ -25,16 +25,17 @@ class Arm:
     Attributes:
         name: as in ``summary.json``; arms of other domains may share it.
         overrides: dotted config keys and their values, the sweep's fixed values included.
+        place: its domains, where the sweep varies them.
     """
 
     name: str
     overrides: Mapping[str, Any]
+    place: str = ""
 
     @property
     def label(self) -> str:
         """The name, with the domains where the sweep varies them."""
-        places = [str(self.overrides[key]) for key in DOMAINS if key in self.overrides]
-        return f"{self.name} ({' → '.join(places)})" if places else self.name
+        return f"{self.name} ({self.place})" if self.place else self.name
 
 
 def expand(sweep: SweepFile) -> list[Arm]:
@@ -56,7 +57,7 @@ def expand(sweep: SweepFile) -> list[Arm]:
             parts = [] if len(named) == 1 and shown and not sweep.arms else [name]
             arm = Arm(",".join([*parts, *_short(shown, parameters)]), merged)
             found.setdefault(json.dumps(merged, sort_keys=True, default=str), arm)
-    arms = list(found.values())
+    arms = _placed(list(found.values()))
     _check_equal(sweep, arms, named)
     return arms
 
@@ -111,6 +112,12 @@ def _without_switched_off(overrides: dict[str, Any], added: Collection[str]) -> 
     below = tuple(f"{key}." for key in off)
     gone = {key for key in off if key.removeprefix("methods.") in added}
     return {key: value for key, value in overrides.items() if key not in gone and not key.startswith(below)}
+
+
+def _placed(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms with their domains, where these differ."""
+    varied = [key for key in DOMAINS if len({str(arm.overrides.get(key)) for arm in arms}) > 1]
+    return [replace(arm, place=" → ".join(str(arm.overrides.get(key)) for key in varied)) for arm in arms]
 
 
 def _short(values: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[str]:

@@ -265,7 +265,7 @@ def _judge(run: Run, code: int) -> tuple[State, str]:
             run.folder.write_summary(status="interrupted", error=why)
         return State.UNFINISHED, why
     why = tail(run.log) or f"it ended with exit code {code} and no result"
-    run.folder.path.mkdir(parents=True, exist_ok=True)
+    run.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     names = {"experiment": run.folder.path.parent.name, "arm": run.arm.name, "seed": run.seed}
     run.folder.write_summary(status="failed", error=why, **names)
     return State.FAILED, why

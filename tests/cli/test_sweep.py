@@ -75,7 +75,7 @@ def test_bad_arm_is_refused_by_name_before_any_starts(study: Path, capsys: pytes
     assert main(["sweep", "plan", str(bad)]) == 2
     error = capsys.readouterr().err
     assert "2 of 3 arms are refused" in error
-    assert "arm typo (photo → sketch): " in error
+    assert "arm typo: " in error
     assert "wieght" in error
-    assert "arm minus (photo → sketch): data.batch_size=-1 must be at least 1" in error
+    assert "arm minus: data.batch_size=-1 must be at least 1" in error
     assert not (study.parent / "bad").exists()

@@ -11,11 +11,15 @@ from crossft.callbacks.base import MethodCallback
 from crossft.cli.leg import build_trainer
 from crossft.cli.legs import source_settings
 from crossft.cli.parser import Settings
+from crossft.cli.resolve import resolve
+from crossft.sweeps.arms import arguments, expand
+from crossft.sweeps.file import read_sweep
 from crossft.types import Domain
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BASES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "methods")
+BASES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ("methods", "sweeps"))
 FRAGMENTS = sorted((CONFIGS / "methods").glob("*.yaml"))
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 DATA = ["--data.root=.", "--data.source=a", "--data.target=b"]
 
 
@@ -30,7 +34,7 @@ def test_every_config_is_seen() -> None:
         "text/domains.yaml",
         "text/adapt.yaml",
     }
-    assert {*BASES, *FRAGMENTS} == set(CONFIGS.rglob("*.yaml"))
+    assert {*BASES, *FRAGMENTS, *SWEEPS} == set(CONFIGS.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", [*BASES, *FRAGMENTS], ids=name)
@@ -61,6 +65,23 @@ def test_fragment_goes_over_every_base(fragment: Path) -> None:
         assert settings.config.arm in (fragment.stem, "plain")
         built = settings.build("methods").methods
         assert set(built) == set(settings.config.methods)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=name)
+def test_every_arm_of_a_sweep_is_a_config(path: Path) -> None:
+    flags = ["--data.root=.", "--data.source=a", *([] if "data.target:" in path.read_text() else ["--data.target=b"])]
+    arms = expand(read_sweep(path, flags))
+    assert len({arm.label for arm in arms}) == len(arms) > 3
+    seen = {}
+    for arm in arms:
+        found = resolve([f"--config={CONFIGS / 'vision' / 'domains.yaml'}", *arguments(arm.overrides)], [])
+        assert "error" not in found, (arm.label, found)
+        seen.setdefault(found["hash"], arm.label)
+    assert len(seen) == len(arms)
+    comment = re.match(r"(?:# ?.*\n)+", path.read_text())
+    assert comment
+    for command in ("plan", "run "):
+        assert f"crossft sweep {command} configs/{name(path)} " in comment.group()
 
 
 def test_only_domains_configs_fit_the_source_first() -> None:

@@ -58,7 +58,7 @@ def test_domains_are_no_part_of_an_arms_name(tmp_path: Path) -> None:
     parameters = {"data.target": {"values": ["sketch", "cartoon"]}, "lr": {"values": [1, 2]}}
     arms = expand(written(tmp_path, "--data.source=photo", parameters=parameters))
     assert [arm.name for arm in arms] == ["lr=1", "lr=2", "lr=1", "lr=2"]
-    assert arms[3].label == "lr=2 (photo → cartoon)"
+    assert arms[3].label == "lr=2 (cartoon)"
 
 
 def test_arms_times_parameters(tmp_path: Path) -> None:
