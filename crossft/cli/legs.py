@@ -186,6 +186,7 @@ class Chain:
             self._release()
             print(f"source: reusing {folder.path}")
         elif not folder.config.is_file():
+            shutil.rmtree(folder.path, ignore_errors=True)  # of a process that died here: this one has the lock
             digest = folder.path.name.removeprefix("source-")
             self._create(self.source, folder.path, digest, data, None)
         return {
