@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, RunLog, load_checkpoint
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Ledger, RunLog, load_checkpoint
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
 from crossft.cli.parser import Settings
@@ -164,6 +164,7 @@ class Leg:
             callbacks=[
                 *_listed(own["callbacks"]),
                 *methods,
+                Ledger(self.folder.path),
                 bar,
                 RunIdentity(self.folder.path, run_id),
                 Checkpoints(

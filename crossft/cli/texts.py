@@ -53,8 +53,11 @@ Write a run's model in a form that needs no crossft.
 --to timm: model.safetensors and config.json, for timm.create_model("local-dir:FOLDER").
 --to hf: a save_pretrained folder with its tokenizer, for transformers.AutoModel.from_pretrained(FOLDER).
 The heads lie beside it: heads.safetensors (HEAD.weight [k, d], HEAD.bias [k]) and heads.json (label names).""",
-    "inspect": """usage: crossft inspect --config FILE [--KEY VALUE ...]
+    "inspect": """usage: crossft inspect --config FILE [--KEY VALUE ...] [--curve FILE.png [--steps N]]
 
-Print the stages of a config's model, input to output: parameters, how many of them train, buffers.
+Print the stages of a config's model, input to output: parameters, how many of them train, buffers; then the ledger of
+each phase: what trains, in which mode, at which learning rate and decay, and how far the backward pass goes.
+--curve FILE.png draws every stage's learning rate over the run, from the real schedule; --steps N: its optimizer
+steps, where trainer.max_steps does not say.
 The data is not read.""",
 }

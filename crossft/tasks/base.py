@@ -337,10 +337,10 @@ class Task(LightningModule):
             if int(rows.sum()) > 1:  # one row has no variance
                 yield {key: value[rows] for key, value in batch.inputs.items()}
 
-    def configure_optimizers(self) -> Any:
-        """Every parameter in a named group from the first step; the schedule steps once per optimizer step."""
+    def named_groups(self) -> list[dict[str, Any]]:
+        """Every parameter of backbone, heads and terms in a named group, with its learning rate and decay."""
         defaults = self._make_optimizer([nn.Parameter(torch.zeros(1))]).defaults
-        groups = parameter_groups(
+        return parameter_groups(
             self.backbone.stages,
             self.heads,
             self.attachments.terms,
@@ -349,6 +349,10 @@ class Task(LightningModule):
             head_multiplier=self._head_multiplier,
             layer_decay=self._layer_decay,
         )
+
+    def configure_optimizers(self) -> Any:
+        """Every parameter in a named group from the first step; the schedule steps once per optimizer step."""
+        groups = self.named_groups()
         optimizer = self._make_optimizer(groups)
         if getattr(self.trainer.precision_plugin, "scaler", None) and getattr(
             optimizer, "_step_supports_amp_scaling", False

@@ -3,6 +3,16 @@
 from crossft.callbacks.monitoring.anchors import Anchors
 from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, latest_valid, load_checkpoint
 from crossft.callbacks.monitoring.checkpoints import Checkpoints
+from crossft.callbacks.monitoring.ledger import Ledger, ledger_rows
 from crossft.callbacks.monitoring.run_log import RunLog
 
-__all__ = ["Anchors", "AtomicCheckpointIO", "Checkpoints", "RunLog", "latest_valid", "load_checkpoint"]
+__all__ = [
+    "Anchors",
+    "AtomicCheckpointIO",
+    "Checkpoints",
+    "Ledger",
+    "RunLog",
+    "latest_valid",
+    "ledger_rows",
+    "load_checkpoint",
+]
