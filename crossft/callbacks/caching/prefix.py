@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from crossft.callbacks.caching.cuts import Cut, Value, cuts
 from crossft.callbacks.caching.fingerprint import prefix_key, prefix_tensors
@@ -19,7 +20,7 @@ from crossft.data import DomainData
 from crossft.errors import ConfigError
 from crossft.runs import prefix_folder
 from crossft.tasks import Task
-from crossft.types import Batch, Encoded
+from crossft.types import Batch, Encoded, LateInputs
 
 __all__ = ["PrefixCache"]
 
@@ -27,6 +28,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference between cached and full path, relative to the largest feature, by the coarsest type in it."""
 MOST_CHANGES = 3
 """Times that a frozen prefix may change its weights before the cache gives up on it."""
+MOST_READS = 8
+"""Batches whose postponed inputs are read after all before inputs are loaded ahead again."""
 
 
 class PrefixCache(Callback):
@@ -72,6 +75,8 @@ class PrefixCache(Callback):
         self._cut: Cut | None = None
         self._store: Store | None = None
         self._state: Any = None
+        self._last: Any = None
+        self._reads = 0
 
     @property
     def state_key(self) -> str:
@@ -118,6 +123,7 @@ class PrefixCache(Callback):
         """Run the backbone on a batch: the stages above the cut on stored values where there are any."""
         if not self._covers(task, batch):
             return task.backbone(batch.inputs, capture=capture)
+        self._watch(batch)
         state = (task.frozen_stages, task.training, task.current_epoch, self._versions())
         try:
             if state != self._state:
@@ -136,6 +142,19 @@ class PrefixCache(Callback):
         if self._data.dataset is not self._rows:
             self._bind()
         return self._rows.view_of(batch.keys[0]) is not None
+
+    def _watch(self, batch: Batch) -> None:
+        """Postpone no inputs any more where a method reads them in every step: workers load them faster."""
+        last, self._last = self._last, batch.inputs
+        if isinstance(last, LateInputs) and last.loaded:
+            self._reads += 1
+            if self._reads == MOST_READS:
+                self._rows.postponed.zero_()
+
+    @property
+    def _postponed(self) -> Tensor | None:
+        postponed: Tensor | None = self._rows.postponed if self._reads < MOST_READS else None
+        return postponed
 
     def _versions(self) -> int:
         """Grows when a weight of the prefix is written; buffers are looked at when the phase or the mode changes."""
@@ -201,7 +220,7 @@ class PrefixCache(Callback):
             if value.mask is not None:
                 units = torch.repeat_interleave(units, value.mask.sum(1))
             flat = flat[units]
-        store.write(batch.keys, positions[real], flat, self._rows.postponed)
+        store.write(batch.keys, positions[real], flat, self._postponed)
         if store.problem is not None:
             self._tell(f"nothing more is stored: {store.problem}; what is not stored is computed each time")
         if self._budget.exceeded:
@@ -234,8 +253,8 @@ class PrefixCache(Callback):
             self._tell(f"nothing is cached while {reason}", warn=False)
         if self._store is None:
             self._rows.postponed.zero_()
-        else:
-            self._store.marks(self._rows.postponed)
+        elif self._postponed is not None:
+            self._store.marks(self._postponed)
 
     def _key(self, task: Task, cut: Cut, device: torch.device) -> str:
         """Hash of the prefix; taken again only where a weight or buffer may have changed."""

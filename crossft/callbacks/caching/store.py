@@ -219,10 +219,10 @@ class Store:
         ends = np.cumsum(lengths)
         return np.concatenate([numbers[ends[i] - lengths[i] : ends[i]] for i in inside])
 
-    def shape(self, value: Tensor, tokens: bool) -> None:
-        """Learn from a value [b, ...] what the values look like."""
-        kind = str(value.dtype).removeprefix("torch.")
-        form = Form(tuple(value.shape[2 if tokens else 1 :]), tokens, kind)
+    def shape(self, values: Tensor, tokens: bool) -> None:
+        """Learn from values, one after the other, what they look like."""
+        kind = str(values.dtype).removeprefix("torch.")
+        form = Form(tuple(values.shape[1:]), tokens, kind)
         if form == self.form:
             return
         self.form = form
