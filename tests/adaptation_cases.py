@@ -111,6 +111,7 @@ def fit(
     dropout: float = 0.0,
     ckpt_path: Path | None = None,
     extra: tuple[Callback, ...] = (),
+    backbone: TinyVision | None = None,
     **trainer_args,
 ) -> tuple[Trainer, Classification]:
     """Train a tiny model for 4 steps."""
@@ -118,7 +119,7 @@ def fit(
     for name, method in methods.items():
         method.name = name
     task = Classification(
-        TinyVision(dropout=dropout),
+        backbone or TinyVision(dropout=dropout),
         list(data.domains),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     )

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from crossft.backbones import batch_norms
-from crossft.backbones.batchnorm import batch_norms
+from crossft.callbacks.averaging.base import PublishedWeights
+from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.tasks import Task
 
@@ -98,7 +99,8 @@ class SWAD(Callback):
         monitor: logged value to keep low. Default: the mean of ``NAME/val/loss`` over the source domains.
 
     Raises:
-        ConfigError: an argument out of range, BatchNorm statistics that train, or a monitor that is not measured.
+        ConfigError: an argument out of range, BatchNorm statistics that train, another method that averages weights, a
+            sharded model, or a monitor that is not measured.
     """
 
     def __init__(
@@ -126,6 +128,10 @@ class SWAD(Callback):
             return
         if not isinstance(pl_module, Task):
             raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")
+        refuse_sharded(trainer, self.name)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in (c for c in callbacks if isinstance(c, PublishedWeights)):
+            raise ConfigError(f"methods.{self.name} and methods.{other.name} both choose the weights; set one to null")
         if pl_module.batchnorm in ("training", "per_domain") and batch_norms(pl_module.backbone):
             raise ConfigError(
                 f"methods.{self.name} averages weights, and BatchNorm statistics that train would not fit the average; "

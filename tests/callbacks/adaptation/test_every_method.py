@@ -9,9 +9,10 @@ import pytest
 import torch
 from adaptation_cases import CASES, SWAD_CASE, data_of, fit
 from lightning.pytorch import Callback
-from tiny import flat, image_domains
+from tiny import TinyVision, flat, image_domains
 
-from crossft.callbacks.adaptation import CDAN, CORAL, DANN, MCC, MMD
+from crossft.callbacks.adaptation import CDAN, CORAL, DANN, MCC, MMD, SWAD
+from crossft.callbacks.averaging import EMA
 from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints
 from crossft.callbacks.retention import L2SP
 from crossft.errors import ConfigError
@@ -129,9 +130,11 @@ def test_swad_makes_the_average_the_model(root: Path) -> None:
     assert not torch.allclose(end, seen[-1], atol=1e-4)
 
 
-def test_swad_refuses_statistics_that_train_and_losses_that_are_not_there(root: Path) -> None:
-    from crossft.callbacks.adaptation import SWAD
-
+def test_swad_refuses_what_it_cannot_average(root: Path) -> None:
     more = {"limit_val_batches": 1.0, "val_check_interval": 1}
     with pytest.raises(ConfigError, match=r"needs \['nowhere/val/loss'\]; validation measures art/val/accuracy"):
         fit(data_of(root, True), {"swad": SWAD(monitor="nowhere/val/loss")}, **more)
+    with pytest.raises(ConfigError, match=r"methods\.swad and methods\.ema both choose the weights"):
+        fit(data_of(root, True), {"swad": SWAD(), "ema": EMA()}, **more)
+    with pytest.raises(ConfigError, match=r"set model\.batchnorm=frozen"):
+        fit(data_of(root, True), {"swad": SWAD()}, backbone=TinyVision(batchnorm=True, pretrained=False), **more)
