@@ -47,24 +47,28 @@ def wandb_logger(folder: RunFolder, options: WandbOptions, run_id: str, config: 
     mode = wandb_mode(options)
     if mode == "disabled":
         return None
+    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
     folder.path.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_SILENT", "true")
     for attempt in dict.fromkeys((mode, "offline")):
         try:
-            logger = WandbLogger(
+            started = wandb.init(
                 name=folder.path.name,
                 project=options.project or str(config.get("experiment")),
                 entity=options.entity,
                 group=options.group or str(config.get("arm")),
-                save_dir=str(folder.path),
+                dir=str(folder.path),
                 id=run_id,
                 resume="allow" if attempt == "online" else None,
-                offline=attempt == "offline",
+                mode=attempt,
+                config={"crossft": config},
+                reinit="finish_previous",
+                settings=wandb.Settings(silent=True),
             )
-            logger.experiment.config.update({"crossft": config}, allow_val_change=True)
-            return logger
+            started.define_metric("trainer/global_step")
+            started.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            return WandbLogger(experiment=started, save_dir=str(folder.path))
         except Exception as error:  # whatever the service does: the run does not depend on it
             print(f"crossft: W&B ({attempt}) did not start: {error}", file=sys.stderr)
     return None

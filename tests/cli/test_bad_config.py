@@ -34,7 +34,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "unknown stage": (["--methods.freeze=null", "--methods.f=crossft.callbacks.freezing.Freeze",
                        "--methods.f.train=[blocks.9]"], 1, "unknown stage 'blocks.9'.*layer4"),
     "freezes more than there is": (["--methods.freeze.train_last=9"], 2, "train_last=9"),
-    "both ways to freeze": (["--methods.freeze.train=[stem]"], 2, "exactly one"),
+    "freezes by nothing": (["--methods.f=crossft.callbacks.freezing.Freeze"], 2, "without a criterion"),
     "unknown backbone": (["--model.backbone.name=resnet99"], 1, "resnet99"),
     "label smoothing": (["--model.label_smoothing=1.5"], 2, r"label_smoothing=1.5 must be in \[0, 1\)"),
     "layer decay": (["--model.layer_decay=0"], 2, r"layer_decay=0.0 must be in \(0, 1\]"),
