@@ -40,6 +40,8 @@ def resolve(line: list[str], allow: list[str]) -> dict[str, Any]:
         return found
     except CrossftError as error:
         return {"error": str(error)}
+    except Exception as error:  # a class of the config's own: the plan still names the arm
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
