@@ -73,10 +73,7 @@ def read_sweep(path: Path | str, flags: Sequence[str] = ()) -> SweepFile:
         ConfigError: the file, or a key of it, is not as documented; the message names both.
     """
     path = Path(path)
-    given = _yaml(path)
-    unknown = sorted(set(given) - set(KEYS))
-    if unknown:
-        raise ConfigError(f"{path}: {unknown[0]}: is no key of a sweep file; it may have {', '.join(KEYS)}")
+    given = _given(path)
     config = _config(path, given.get("config"))
     method, run_cap = _method(path, given)
     parameters = read_parameters(given.get("parameters") or {}, f"{path}: parameters")
@@ -152,6 +149,14 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: holds no mapping; a sweep file has the keys {', '.join(KEYS)}")
     return {str(key): value for key, value in given.items()}
+
+
+def _given(path: Path) -> dict[str, Any]:
+    given = _yaml(path)
+    unknown = sorted(set(given) - set(KEYS))
+    if unknown:
+        raise ConfigError(f"{path}: {unknown[0]}: is no key of a sweep file; it may have {', '.join(KEYS)}")
+    return given
 
 
 def _config(path: Path, name: Any) -> Path:
