@@ -26,7 +26,7 @@ from crossft.metrics import primary_metric
 from crossft.runs import RunFolder, config_hash, run_id, write_atomic, write_json
 from crossft.tasks.evaluation import display_names
 
-__all__ = ["Chain", "run", "source_settings"]
+__all__ = ["Chain", "chosen_by_source", "prepared", "run", "source_settings"]
 
 NOT_TRAINED = (
     "run", "wandb", "before", "experiment", "arm", "seed_everything", "checkpoints", "data.root", "data.num_workers",

@@ -19,7 +19,7 @@ from crossft.errors import ConfigError, CrossftError, UnsafeConfigError
 from crossft.tasks import Task
 from crossft.types import Domain
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "configs_first", "set_null", "take_nulls", "translated"]
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the batch sampler cuts the global order over the ranks itself

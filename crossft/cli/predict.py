@@ -18,7 +18,7 @@ from crossft.errors import ConfigError
 from crossft.runs import replacing
 from crossft.types import Domain
 
-__all__ = ["run", "table_of_predictions"]
+__all__ = ["run", "table_of_predictions", "take_files"]
 
 
 def run(command: str, arguments: list[str]) -> int:
