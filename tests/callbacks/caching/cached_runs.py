@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from crossft.callbacks.caching import PrefixCache
 from crossft.data import DomainData
 from crossft.tasks import Classification
 
-__all__ = ["Phases", "fit", "image_data"]
+__all__ = ["Phases", "fit", "image_data", "metrics", "text_data", "warned"]
 
 DROPS = partial(TinyVision, dropout=0.2)
 
@@ -90,3 +91,18 @@ def fit(
     )
     trainer.fit(task, data)
     return task, trainer
+
+
+def text_data(folder: Path, **options: Any) -> DomainData:
+    options = {"source": "books", "target": "kitchen", "train_on": ["source", "target"], **options}
+    data = DomainData(folder / "data", batch_size=8, **options)
+    data.prepare()
+    return data
+
+
+def metrics(trainer: Any) -> dict[str, float]:
+    return {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+def warned(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if "methods.cache" in str(w.message)]
