@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from crossft.cli.launch import Launch
-from crossft.cli.leg import measure
+from crossft.cli.leg import build_methods, measure
 from crossft.cli.saved import Saved, open_run, read_splits, take_option
 from crossft.cli.screen import print_table
 from crossft.data import DomainData
@@ -21,7 +21,7 @@ def run(command: str, arguments: list[str]) -> int:
     saved = open_run(command, arguments)
     data = prepared_like(saved, keep_splits=not any(a.startswith("--data.") for a in arguments))
     split = "test" if command == "test" else "val"
-    found = measure(saved.settings, saved.task, data, split)
+    found = measure(saved.settings, saved.task, data, split, build_methods(saved.settings))
     if Launch().first:
         rows = [[*key.split("/")[::2], f"{value:.4f}"] for key, value in sorted(found.items())]
         print_table(f"{saved.checkpoint}, {split} splits", ["domain", "metric", "value"], rows, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from crossft.errors import ConfigError, Interrupted
 from crossft.runs import RunFolder, higher_is_better, read_json, write_json
 from crossft.tasks import Task
 
-__all__ = ["Leg", "build_task", "build_trainer", "measure"]
+__all__ = ["Leg", "build_methods", "build_task", "build_trainer", "measure"]
 
 
 def build_task(settings: Settings, data: DomainData) -> Task:
@@ -45,10 +46,24 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
         raise ConfigError(f"trainer: {error}") from error
 
 
-def measure(settings: Settings, task: Task, data: DomainData, split: str = "test") -> dict[str, float]:
-    """Evaluate the task as it is: ``DOMAIN/SPLIT/METRIC`` of every domain that has labels there."""
+def build_methods(settings: Settings) -> list[Callback]:
+    """The methods in name order, each knowing its name."""
+    methods: dict[str, Any] = dict(settings.build("methods").methods or {})
+    for name, method in methods.items():
+        method.name = name
+    return [methods[name] for name in sorted(methods)]
+
+
+def measure(
+    settings: Settings, task: Task, data: DomainData, split: str = "test", methods: Sequence[Callback] = ()
+) -> dict[str, float]:
+    """Evaluate the task as it is: ``DOMAIN/SPLIT/METRIC`` of every domain that has labels there.
+
+    Of ``methods`` those take part that act at test time (Tent).
+    """
+    acting = [m for m in methods if getattr(m, "acts_at_test", False)]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = build_trainer(settings, logger=False, callbacks=[], enable_checkpointing=False, **quiet)
+    trainer = build_trainer(settings, logger=False, callbacks=acting, enable_checkpointing=False, **quiet)
     run = trainer.test if split == "test" else trainer.validate
     run(task, datamodule=data, verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -107,14 +122,14 @@ class Leg:
         task = build_task(self.settings, self.data)
         trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
         select = self._checked_select(task)
-        methods = self._methods()
+        methods = build_methods(self.settings)
         before = self._before(task, trained) if config.before else {}
         self._fit(task, methods, select)
         if not self.folder.best.is_file():
             select = None  # no choice was asked for, or the fit ended before any validation
         chosen = self.folder.last if select is None else self.folder.best
         load_weights(task, chosen)
-        after = measure(self.settings, task, self.data)
+        after = measure(self.settings, task, self.data, methods=methods)
         metrics = final_metrics(task.domains, before, after, config.before)
         if self.launch.first:
             self.folder.write_summary(
@@ -125,13 +140,6 @@ class Leg:
             )
             write_confusions(self.folder, task.evaluation.confusion_matrices, task.domains)
             finish(self.folder)
-
-    def _methods(self) -> list[Callback]:
-        """The methods in name order, each knowing its name."""
-        methods: dict[str, Any] = dict(self.settings.build("methods").methods or {})
-        for name, method in methods.items():
-            method.name = name
-        return [methods[name] for name in sorted(methods)]
 
     def _before(self, task: Task, trained: frozenset[str]) -> dict[str, float]:
         """The starting model on the test splits, measured once a run; only of domains whose head is trained."""

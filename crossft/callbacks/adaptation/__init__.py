@@ -20,6 +20,7 @@ from crossft.callbacks.adaptation.mixup import InterDomainMixup
 from crossft.callbacks.adaptation.mmd import MMD
 from crossft.callbacks.adaptation.pseudo_labels import PseudoLabels
 from crossft.callbacks.adaptation.swad import SWAD
+from crossft.callbacks.adaptation.tent import Tent
 from crossft.callbacks.adaptation.vrex import VREx
 
 __all__ = [
@@ -43,5 +44,6 @@ __all__ = [
     "InterDomainMixup",
     "MeanTeacher",
     "PseudoLabels",
+    "Tent",
     "VREx",
 ]
