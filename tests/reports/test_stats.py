@@ -84,3 +84,23 @@ def test_paired_comparison() -> None:
     flat = compare_paired({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25})
     assert flat is not None
     assert math.isnan(flat.d_z)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_interval_covers_the_mean_as_often_as_it_says(n: int) -> None:
+    draws = np.random.default_rng(n).normal(0.7, 0.02, size=(2000, n))
+    found = [interval(values) for values in draws.tolist()]
+    covered = np.mean([abs(v.mean - 0.7) <= v.half for v in found])
+    assert covered == pytest.approx(0.95, abs=0.015)
+
+
+def test_marks_without_a_difference_are_as_rare_as_holm_says() -> None:
+    source = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(400):
+        baseline = source.normal(size=8)
+        arms = source.normal(size=(3, 8))
+        adjusted = holm([permutation_p((arm - baseline).tolist()) for arm in arms])
+        wrong += min(adjusted) < 0.05
+    assert wrong / 400 < 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
+    assert wrong > 0
