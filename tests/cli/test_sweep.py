@@ -15,17 +15,17 @@ import yaml
 from crossft.cli import main
 from crossft.runs import RunFolder
 
-LR, FREEZE = "model.init_args.optimizer.init_args.lr", "methods.freeze.train_last"
+PULL, DEPTH = "methods.l2sp.weight", "methods.freeze.train_last"
 
 
 @pytest.fixture(scope="module")
 def study(config: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep file over the tiny config: two learning rates by two depths, two seeds."""
+    """A sweep file over the tiny config: two pulls to the start by two depths, two seeds."""
     folder = tmp_path_factory.mktemp("sweep")
     fixed = {"data.root": str(images), "data.source": "photo", "data.target": "sketch", "run.root": str(folder)}
     fixed |= {"data.shots": 3, "trainer.max_epochs": 1, "methods.freeze.train_last": 2}
     parameters = {key: {"value": value} for key, value in fixed.items()}
-    parameters |= {LR: {"values": [0.001, 0.003]}, FREEZE: {"values": [0, 2]}}
+    parameters |= {PULL: {"values": [0.1, 1.0]}, DEPTH: {"values": [0, 2]}}
     file = folder / "study.yaml"
     metric = {"name": "target/test/accuracy", "goal": "maximize"}
     content = {"config": str(config), "seeds": 2, "metric": metric, "parameters": parameters}
@@ -63,7 +63,7 @@ def test_killed_sweep_finishes_every_run_once(study: Path, capsys: pytest.Captur
     assert "best mean of target/test/accuracy: train_last=" in printed
     for name in ("comparison.html", "comparison.md", "comparison.csv", "tradeoff.png"):
         assert (root / name).stat().st_size > 100, name
-    assert "train_last=2,lr=0.003" in (root / "comparison.md").read_text()
+    assert "train_last=2,weight=1" in (root / "comparison.md").read_text()
 
 
 def test_bad_arm_is_refused_by_name_before_any_starts(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
