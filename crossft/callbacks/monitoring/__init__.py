@@ -4,6 +4,7 @@ from crossft.callbacks.monitoring.anchors import Anchors
 from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, latest_valid, load_checkpoint
 from crossft.callbacks.monitoring.checkpoints import Checkpoints
 from crossft.callbacks.monitoring.ledger import Ledger, ledger_rows
+from crossft.callbacks.monitoring.rate_range import RateRange
 from crossft.callbacks.monitoring.run_log import RunLog
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "Checkpoints",
     "Ledger",
+    "RateRange",
     "RunLog",
     "latest_valid",
     "ledger_rows",
