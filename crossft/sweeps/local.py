@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -245,7 +245,8 @@ class Local:
             self._reap(watcher)
             time.sleep(_POLL)
         for active in self._active.values():
-            active.process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(active.process.pid, signal.SIGKILL)  # its session: other ranks, loaders of data
             active.process.wait()
         self._reap(watcher)
         left = len(self.plan.runs) - sum(o.state is not State.UNFINISHED for o in self._outcomes.values())

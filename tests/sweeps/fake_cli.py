@@ -1,8 +1,8 @@
 """Stands in for ``crossft fit`` and ``crossft resume``: writes run folders as they do, and trains nothing.
 
 Every start is noted in ``starts.txt`` beside the run folders. Settings come from the flags ``--fake.NAME=VALUE``:
-``seconds`` (of the run), ``source`` (seconds of its source leg), ``end`` (finish, fail, silent, kill), and ``once``
-(the run stops that way the first time only).
+``seconds`` (of the run), ``source`` (seconds of its source leg), ``end`` (finish, fail, silent, kill, deaf,
+early), and ``once`` (the run stops that way the first time only).
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def leg(folder: RunFolder, seconds: float) -> None:
 def end(folder: RunFolder, flags: dict[str, str]) -> None:
     how = flags.get("fake.end", "finish")
     stopped: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    deaf = how == "deaf"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else lambda number, frame: stopped.append(number))
     until = time.monotonic() + float(flags.get("fake.seconds", 0))
     while time.monotonic() < until:
         time.sleep(0.02)

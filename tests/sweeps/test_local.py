@@ -116,6 +116,22 @@ def test_sigterm_lets_the_runs_save_and_stop(tmp_path: Path) -> None:
     assert notes.begun == [("a s0", True), ("b s0", False)]
 
 
+def test_second_signal_kills_runs_that_do_not_stop(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, arms={"a": {"fake.seconds": 60, "fake.end": "deaf", "fake.once": 1}})
+    plan = planned(file)
+    process = begin(file, 1)
+    wait(lambda: plan.runs[0].log.is_file() and "epoch" in plan.runs[0].log.read_text())
+    time.sleep(0.2)
+    process.terminate()
+    time.sleep(0.5)
+    assert process.poll() is None, "it did not wait for its run"
+    process.terminate()
+    assert process.wait(30) != 0
+    assert plan.runs[0].folder.summary()["error"] == "killed by SIGKILL"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(starts(plan, "fit")[0].split()[3]), 0)
+
+
 def test_signal_in_this_process_is_an_interruption_and_handlers_come_back(tmp_path: Path) -> None:
     plan = planned(write_sweep(tmp_path, arms={"a": {"fake.seconds": 60, "fake.once": 1}}))
     former = signal.getsignal(signal.SIGTERM)
