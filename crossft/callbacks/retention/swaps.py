@@ -26,7 +26,9 @@ def swap_layers(root: nn.Module, make: Callable[[str, nn.Module], nn.Module | No
     made: dict[int, nn.Module | None] = {}
     swaps: list[Swap] = []
     for name, parent in list(root.named_modules()):
-        for key, layer in list(parent.named_children()):
+        for key, layer in list(parent._modules.items()):  # named_children() names a shared layer once only
+            if layer is None:
+                continue
             if id(layer) not in made:
                 made[id(layer)] = make(f"{name}.{key}" if name else key, layer)
             new = made[id(layer)]
