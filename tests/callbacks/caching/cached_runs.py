@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from tiny import TinyVision
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,6 +66,7 @@ def fit(
     *,
     methods: Sequence[Callback] = (),
     task_options: dict[str, Any] | None = None,
+    resume: Path | None = None,
     **options: Any,
 ) -> tuple[Classification, Trainer]:
     """Three epochs (a validation after each) of the last k stages, or of phases."""
@@ -83,13 +85,13 @@ def fit(
             Phases({0: phases} if isinstance(phases, int) else phases),
         ],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(m, Checkpoint) for m in methods),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-    trainer.fit(task, data)
+    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     return task, trainer
 
 

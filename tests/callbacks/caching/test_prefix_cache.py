@@ -11,12 +11,14 @@ import pytest
 import torch
 from backbones.tiny_models import tiny_text
 from callbacks.caching.cached_runs import fit, image_data, metrics, text_data, warned
+from lightning.pytorch import Callback
 from tiny import TinyVision, flat
 from torch import Tensor
 
 from crossft.callbacks.adaptation import CORAL, DANN
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.caching import PrefixCache
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints
 from crossft.callbacks.retention import L2SP
 from crossft.data import dataset
 from crossft.runs import stored_prefixes
@@ -110,6 +112,30 @@ def test_fixed_views_are_cached_and_random_ones_are_not(images: Path, caplog: py
     assert cache.misses == 0  # evaluation inputs were stored by the runs above
     assert cache.hits == 3 * sum(len(p.rows("val")) for p in data.prepared)
     assert "only evaluation is cached" in " ".join(warned(caught))
+
+
+class Stop(Callback):
+    """Dies before an optimizer step."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 7:
+            raise RuntimeError("stopped")
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the fourth epoch of two steps; a stage thawed a step before."""
+
+    def run(name: str, *extra: Callback, **options: Any) -> Tensor:
+        monkeypatch.setenv("CROSSFT_CACHE", str(tmp_path / name))
+        options |= {"accumulate_grad_batches": 2, "max_epochs": 6, "plugins": [AtomicCheckpointIO()]}
+        saves = Checkpoints(tmp_path / name, every_n_steps=1, keep=100)
+        task, _ = fit(image_data(images), {0: 0, 6: 1}, PrefixCache(), methods=[saves, *extra], **options)
+        return flat(task)
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError, match="stopped"):
+        run("stopped", Stop())
+    assert torch.equal(run("stopped", resume=tmp_path / "stopped" / "checkpoints" / "step-7.ckpt"), whole)
 
 
 def test_evaluation_after_the_fit_runs_from_the_cache(images: Path) -> None:
