@@ -12,6 +12,7 @@ COMMANDS = {
     "inspect": ("inspect", "print the stages of a config's model, with parameter counts"),
     "list": ("catalog", "list the methods, backbones or tasks, with the paper each"),
     "sweep": ("sweep", "plan or run every arm and seed of a sweep file; goes on where it was stopped"),
+    "cache": ("cache", "list or remove the stored activations of frozen backbones"),
     "compare": ("compare", "put runs side by side: gain and retention with confidence intervals"),
 }
 """Each command's module, and what it is for."""

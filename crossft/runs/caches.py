@@ -91,9 +91,9 @@ def _read(folder: Path) -> StoredPrefix:
     about: dict[str, Any] = {}
     used = 0.0
     try:
-        about = read_json(folder / "about.json")
+        about = dict(read_json(folder / "about.json"))
         used = (folder / "about.json").stat().st_mtime
-    except (RunError, OSError):
+    except (RunError, OSError, TypeError, ValueError):
         pass  # a run was stopped before it described the prefix, or another process removes it now
     return StoredPrefix(
         folder.name,
