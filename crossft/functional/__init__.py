@@ -19,7 +19,7 @@ from crossft.functional.invariance import (
 )
 from crossft.functional.kernels import gaussian_kernel, mmd_linear, mmd_unbiased, squared_distances
 from crossft.functional.norms import spectral_penalty, stepwise_norm
-from crossft.functional.precision import upcast
+from crossft.functional.precision import full_precision, upcast
 from crossft.functional.reversal import adversarial_strength, reverse_gradient
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "classifier_discrepancy",
     "coral",
     "entropy",
+    "full_precision",
     "gather_rows",
     "gaussian_kernel",
     "gradient_variance",

@@ -9,7 +9,7 @@ from crossft.callbacks.adaptation.risks import labeled_rows
 from crossft.callbacks.adaptation.roles import Ids, shared_head, source_groups
 from crossft.callbacks.base import MethodCallback
 from crossft.errors import ConfigError
-from crossft.functional import gradient_variance, logit_gradients, upcast
+from crossft.functional import full_precision, gradient_variance, logit_gradients, upcast
 from crossft.tasks import Task
 from crossft.types import HasBackbone, LossTerm, StepOutput
 
@@ -49,9 +49,10 @@ class GradientVariances(LossTerm):
         """The distance, a scalar."""
         gradients = logit_gradients(step.per_sample_loss, step.logits[self.head])
         rows = labeled_rows(step, self.groups, upcast(gradients), upcast(step.features))
-        variances = torch.stack(
-            [gradient_variance(g, h) if len(g) else (g.sum() + h.sum()) * self.average[0] for g, h in rows]
-        )
+        with full_precision(gradients):
+            variances = torch.stack(
+                [gradient_variance(g, h) if len(g) else (g.sum() + h.sum()) * self.average[0] for g, h in rows]
+            )
         self._take_in(step.batch.step, variances.detach())
         smoothed = variances + self.ema / (1 - self.ema) * self.average.to(variances.dtype)
         distance = (smoothed - smoothed.mean(0)).square().mean()

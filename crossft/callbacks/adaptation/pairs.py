@@ -10,7 +10,7 @@ from torch import Tensor
 from crossft.callbacks.adaptation.features import Layer, layer_of
 from crossft.callbacks.adaptation.roles import Between, Ids, Pair, check_between, domain_pairs, shared_head
 from crossft.errors import ConfigError
-from crossft.functional import gather_rows, upcast
+from crossft.functional import full_precision, gather_rows, upcast
 from crossft.tasks import Task
 from crossft.types import HasBackbone, LossTerm, Role, StepOutput
 
@@ -63,7 +63,9 @@ class PairDistance(LossTerm):
         total = torch.stack([v.sum() * 0.0 for v in values]).sum()
         for first, second in self.pairs:
             a, b = members(domains, first), members(domains, second)
-            total = total + self.distance([v[a] for v in values], [v[b] for v in values]) / len(self.pairs)
+            with full_precision(total):
+                distance = self.distance([v[a] for v in values], [v[b] for v in values])
+            total = total + distance / len(self.pairs)
         return total
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from crossft.callbacks.adaptation.pairs import members, whole_batch
 from crossft.callbacks.adaptation.roles import Ids
+from crossft.functional import full_precision
 from crossft.types import HasBackbone, LossTerm, StepOutput
 
 __all__ = ["TargetBatchLoss"]
@@ -32,4 +33,5 @@ class TargetBatchLoss(LossTerm):
         """The loss, a scalar; 0 where there is no target row."""
         domains, logits = whole_batch(step, step.logits[self.head])
         rows = logits[members(domains, self.targets)]
-        return self.loss(rows) if len(rows) else logits.sum() * 0.0
+        with full_precision(rows):
+            return self.loss(rows) if len(rows) else logits.sum() * 0.0

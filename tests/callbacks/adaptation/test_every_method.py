@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from adaptation_cases import CASES, SWAD_CASE, data_of, fit
 from lightning.pytorch import Callback
+from steps import make_step, make_task
 from tiny import TinyVision, flat, image_domains
 
 from crossft.callbacks.adaptation import CDAN, CORAL, DANN, MCC, MMD, SWAD
@@ -87,6 +89,26 @@ def test_the_order_of_methods_does_not_matter(root: Path) -> None:
     one = fit(data_of(root, False), methods(), dropout=0.2)[1]
     two = fit(data_of(root, False), dict(reversed(methods().items())), dropout=0.2)[1]
     assert torch.equal(flat(one), flat(two))
+
+
+@pytest.mark.parametrize("name", ["bsp", "mmd", "jan", "coral", "cmd", "mcc", "bnm", "hafn", "fishr"])
+def test_statistics_of_a_batch_are_taken_in_full_precision(name: str) -> None:
+    """Under autocast too: features and logits of a bfloat16 run give the value that float32 gives for them."""
+    case = CASES[name]
+    roles = ("source", "source") if case.sources else ("source", "target")
+    task = make_task(roles)
+    term = case.make(1.0).build(task)
+    generator = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(16, d, generator=generator).bfloat16().float() for d in (12, 3))
+    z.requires_grad_()
+
+    def value() -> float:
+        step = make_step(x + 3, [0, 1] * 8, roles, logits=z, targets=[0, 1, 2, 0] * 4, progress=1.0)
+        return float(term(replace(step, stages={"middle": x}), task).detach())
+
+    expected = value()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert value() == pytest.approx(expected, rel=1e-5)
 
 
 THREE = {
