@@ -1,5 +1,6 @@
 """Backbones: pretrained networks with ordered stages. timm and transformers are imported when one is built."""
 
+from crossft.backbones.adapted import Adapted
 from crossft.backbones.base import Backbone
 from crossft.backbones.batchnorm import (
     BatchNormPolicy,
@@ -14,6 +15,7 @@ from crossft.backbones.timm import Timm
 from crossft.backbones.transformer import Transformer
 
 __all__ = [
+    "Adapted",
     "Backbone",
     "BatchNormPolicy",
     "DomainBatchNorm",

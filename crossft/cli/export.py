@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from crossft.backbones import Timm, Transformer
+from crossft.backbones import Adapted, Timm, Transformer
 from crossft.cli.saved import open_run, take_option
 from crossft.errors import ConfigError, RunError
 from crossft.runs import replacing, write_json
@@ -27,6 +27,8 @@ def run(command: str, arguments: list[str]) -> int:
         raise RunError(f"{folder} exists and is not empty; export into a new folder")
     saved = open_run("export", [word for word in rest if word != places[1]])
     backbone = saved.task.backbone
+    if isinstance(backbone, Adapted):
+        backbone = backbone.merged()
     fits = {"timm": Timm, "hf": Transformer}[form]
     if not isinstance(backbone, fits):
         other = "hf" if form == "timm" else "timm"

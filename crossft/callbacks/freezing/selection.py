@@ -18,8 +18,9 @@ from crossft.tasks.trainability import trainable_names
 
 __all__ = ["Combine", "ParameterKind", "Selection"]
 
-ParameterKind = Literal["norm", "bias"]
-"""``norm``: scales and shifts of normalization layers. ``bias``: every bias, those of norms included (BitFit)."""
+ParameterKind = Literal["norm", "bias", "adapter"]
+"""``norm``: scales and shifts of normalization layers. ``bias``: every bias, those of norms included (BitFit).
+``adapter``: what ``crossft.backbones.Adapted`` has added."""
 Combine = Literal["any", "all"]
 
 
@@ -139,7 +140,9 @@ def _of_kind(backbone: Backbone, kind: ParameterKind) -> frozenset[str]:
     """Parameters of a kind. A norm is known by its class's name, so those of timm and transformers are found too."""
     if kind not in get_args(ParameterKind):
         raise ConfigError(f"kinds: {kind!r} is unknown; allowed: {', '.join(get_args(ParameterKind))}")
-    if kind == "bias":
+    if kind == "adapter":
+        found = {name for name, _ in backbone.named_parameters() if re.search(r"\.(lora|ia3)_", name)}
+    elif kind == "bias":
         found = {name for name, _ in backbone.named_parameters() if re.search(r"(^|[._])bias$", name)}
     else:
         norms = [m for m in backbone.modules() if "norm" in type(m).__name__.lower()]

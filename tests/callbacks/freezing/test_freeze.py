@@ -59,7 +59,7 @@ def test_every_criterion_and_their_combinations(choice: dict, expected: set[str]
         ({"train_last": 4}, ConfigError, "train_last=4 must be between 0 and 3"),
         ({"train_last": -1}, ConfigError, "train_last=-1"),
         ({"kinds": ["norm"]}, ConfigError, "no norm parameters"),
-        ({"kinds": ["scale"]}, ConfigError, "'scale' is unknown; allowed: norm, bias"),
+        ({"kinds": ["scale"]}, ConfigError, "'scale' is unknown; allowed: norm, bias, adapter"),
         ({"train": ["stem"], "match": ["last.*"], "combine": "all"}, ConfigError, "chooses no parameter"),
     ],
 )
