@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sweeps": {"errors", "runs"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"cli"}
-MAX_LINES = 400
+MAX_LINES, MAX_TEST_LINES = 400, 600  # a table of bad input is long and has one job
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 FOREIGN = {"trainer", "_trainer", "strategy", "_strategy", "fit_loop", "epoch_loop", "precision_plugin", "accelerator"}
 FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "unittest"}
@@ -245,7 +245,8 @@ def test_rooms_import_one_way() -> None:
 def test_files_are_short_and_named_for_what_they_do() -> None:
     assert len(MODULES) > 5
     lines = {p: len(p.read_text("utf-8").splitlines()) for p in MODULES + TESTS + PROGRAMS}
-    assert not {str(p.relative_to(ROOT)): n for p, n in lines.items() if n > MAX_LINES}
+    limits = {p: MAX_TEST_LINES if p in TESTS else MAX_LINES for p in lines}
+    assert not {str(p.relative_to(ROOT)): n for p, n in lines.items() if n > limits[p]}
     assert not [str(p.relative_to(ROOT)) for p in lines if DRAWERS & {p.stem, *p.relative_to(ROOT).parts[:-1]}]
 
 
