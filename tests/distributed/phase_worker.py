@@ -28,7 +28,7 @@ PHASES = [
 
 
 class Watch(Callback):
-    """Keeps the weights after every optimizer step, which parameters train and which have a gradient."""
+    """Keeps the weights after every optimizer step, which parameters train, are reduced and have a gradient."""
 
     def __init__(self) -> None:
         self.weights: list[torch.Tensor] = []
@@ -36,9 +36,12 @@ class Watch(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         named = list(pl_module.named_parameters())
+        trains = sorted(n for n, p in named if p.requires_grad)
+        known = trainer.strategy.model._get_ddp_logging_data() if WORLD > 1 else {"num_parameter_tensors": len(trains)}
         self.facts.append(
             {
-                "trains": sorted(n for n, p in named if p.requires_grad),
+                "trains": trains,
+                "reduced": known["num_parameter_tensors"],
                 "graded": sorted(n for n, p in named if p.grad is not None),
             }
         )

@@ -50,13 +50,14 @@ def test_two_processes_equal_one(results, accumulation: int) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_trainable_is_has_a_gradient_in_every_phase(results, accumulation: int) -> None:
+def test_trainable_is_reduced_is_has_a_gradient_in_every_phase(results, accumulation: int) -> None:
     expected = [(), ("last.",), ("middle.", "bias"), ("stem.", "middle.", "last.")]
     for name in ("one", "first", "second"):
         facts = results[name][f"facts/{accumulation}"]
         assert len(facts) == 8
         for step, fact in enumerate(facts):
             assert fact["trains"] == fact["graded"], (name, step)
+            assert fact["reduced"] == len(fact["trains"]), (name, step)
             backbone = {n.removeprefix("backbone.") for n in fact["trains"] if n.startswith("backbone.")}
             for part in expected[step // 2]:
                 assert any(part in n for n in backbone), (name, step, part)

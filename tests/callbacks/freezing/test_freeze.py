@@ -126,3 +126,31 @@ def test_trainable_is_has_a_gradient_is_moved(name: str, tmp_path: Path) -> None
     Selection(train_last=0).apply(task)
     assert not any(m.training and "drop" in type(m).__name__.lower() for m in backbone.modules())
     assert torch.equal(backbone(inputs).features, backbone(inputs).features)
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
+def test_gradients_survive_checkpointing_and_compilation_through_phases(how: str, tmp_path: Path) -> None:
+    """TRAP 9: checkpointing over frozen early layers, and a compiled graph of an earlier phase."""
+    inputs = tokens(2) if how == "checkpointed" else {"pixel_values": torch.randn(2, 3, 8, 8)}
+    plain, other = (
+        Classification(
+            noised(tiny_text("bert", tmp_path / "bert", checkpoint_grads=own))
+            if how == "checkpointed"
+            else TinyVision(),
+            DOMAINS,
+        ).train()
+        for own in (False, True)
+    )
+    other.load_state_dict(plain.state_dict())
+    run = torch.compile(other.backbone, backend="aot_eager") if how == "compiled" else other.backbone
+    for phase in (Selection(train_last=1), Selection(), Selection(kinds=["bias"]), Selection(train_last=2)):
+        grads = []
+        for task, net in ((plain, plain.backbone), (other, run)):
+            phase.apply(task)
+            task.zero_grad()
+            torch.manual_seed(0)
+            net(inputs).features.square().sum().backward()
+            grads.append({n: p.grad for n, p in task.backbone.named_parameters() if p.grad is not None})
+        assert grads[0].keys() == grads[1].keys() == phase.names(plain.backbone)
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-4)
