@@ -11,11 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.caching.cuts import Cut, Value, cuts
 from crossft.callbacks.caching.fingerprint import prefix_key, prefix_tensors
 from crossft.callbacks.caching.memory import memory_folder
 from crossft.callbacks.caching.store import Budget, Store
-from crossft.callbacks.caching.trust import aside, differs
+from crossft.callbacks.caching.trust import aside, differs, some
 from crossft.data import DomainData
 from crossft.errors import ConfigError
 from crossft.runs import prefix_folder
@@ -26,6 +27,8 @@ __all__ = ["PrefixCache"]
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference between cached and full path, relative to the largest feature, by the coarsest type in it."""
+VERIFIED = 8
+"""Rows of the first batch that run both ways."""
 MOST_CHANGES = 3
 """Times that a frozen prefix may change its weights before the cache gives up on it."""
 MOST_READS = 8
@@ -46,8 +49,8 @@ class PrefixCache(Callback):
 
     A value is found by what it was made of: weights, buffers, modes and settings of the prefix, sample, transform or
     token ids, precision. So later runs and arms with the same prefix read it, and another prefix never does. The
-    first batch at each cut runs both ways, in training and in evaluation; where the features differ by more than 1e-4
-    of the largest (2e-2 under bfloat16) the full path is used and a warning says so.
+    first batch at each cut runs eight rows both ways, in training and in evaluation; where the features differ by more
+    than 1e-4 of the largest (2e-2 under bfloat16) the full path is used and a warning says so.
 
     Args:
         where: ``disk`` keeps values under ``$CROSSFT_CACHE`` or ``~/.cache/crossft`` (see ``crossft cache ls``);
@@ -312,26 +315,28 @@ class PrefixCache(Callback):
     # Trust
 
     def _verify(self, task: Task, batch: Batch, capture: Collection[str]) -> str | None:
-        """Run a batch both ways; return what is wrong, or None.
+        """Run some rows of a batch both ways; return what is wrong, or None.
 
-        The value is computed in two halves of the batch, so a value that depends on the rows beside it is found too.
+        Values are computed in two halves of these rows, so a value that depends on the rows beside it is found too.
         """
         cut, store = self._cut, self._store
         assert cut is not None
         assert store is not None
-        halves = [h.tolist() for h in np.array_split(np.arange(len(batch)), 2) if len(h)]
-        with aside(task.backbone, batch.domains.device):
+        few = some(batch, VERIFIED)
+        halves = [h.tolist() for h in np.array_split(np.arange(len(few)), 2) if len(h)]
+        with aside(task.backbone, batch.domains):
+            set_domains(task.backbone, few.domains)
             torch.manual_seed(0)
-            full = task.backbone(batch.inputs, capture=capture)
-            values = [cut.value(task.backbone, batch, rows) for rows in halves]
+            full = task.backbone(few.inputs, capture=capture)
+            values = [cut.value(task.backbone, few, rows) for rows in halves]
             store.shape(values[0].flat, values[0].mask is not None)
-            flat = store.rounded(torch.cat([v.flat for v in values]))
-            known = store.known(batch.keys)
+            known = store.known(few.keys)
             if known.any():
-                value = self._complete(task, cut, store, batch, known, keep=False)
+                value = self._complete(task, cut, store, few, known, keep=False)
             else:
-                value = Value(flat, batch.inputs["attention_mask"].bool() if values[0].mask is not None else None)
+                mask = few.inputs["attention_mask"].bool() if values[0].mask is not None else None
+                value = Value(store.rounded(torch.cat([v.flat for v in values])), mask)
             torch.manual_seed(0)
-            mine = cut.rest(task.backbone, value, batch, capture)
+            mine = cut.rest(task.backbone, value, few, capture)
         coarse = torch.is_autocast_enabled(batch.domains.device.type) or self.dtype == "bfloat16"
-        return differs(full, mine, batch, capture, TOLERANCE["bfloat16" if coarse else "float32"])
+        return differs(full, mine, few, capture, TOLERANCE["bfloat16" if coarse else "float32"])

@@ -4,22 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from crossft.backbones.batchnorm import without_statistics
-from crossft.types import Batch, Encoded
+from crossft.backbones.batchnorm import set_domains, without_statistics
+from crossft.types import Batch, Encoded, LateInputs
 
-__all__ = ["aside", "differs"]
+__all__ = ["aside", "differs", "some"]
 
 
 @contextmanager
-def aside(backbone: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run without a gradient, and leave random generators and BatchNorm statistics as they are."""
-    devices = [device] if device.type == "cuda" else []
+def aside(backbone: nn.Module, domains: Tensor) -> Iterator[None]:
+    """Run without a gradient, and leave random generators and BatchNorm statistics as they are.
+
+    Args:
+        backbone: what runs.
+        domains: [b] domain ids of the batch that comes after it.
+    """
+    devices = [domains.device] if domains.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices), without_statistics([backbone]):
-        yield
+        try:
+            yield
+        finally:
+            set_domains(backbone, domains)
+
+
+def some(batch: Batch, count: int) -> Batch:
+    """A batch of at most ``count`` rows, spread over the batch; texts keep its padding."""
+    rows = torch.linspace(0, len(batch) - 1, min(count, len(batch))).round().long().tolist()
+    inputs = batch.inputs
+    return replace(
+        batch,
+        inputs=inputs.take(rows) if isinstance(inputs, LateInputs) else {k: v[rows] for k, v in inputs.items()},
+        targets=batch.targets[rows],
+        labeled=batch.labeled[rows],
+        domains=batch.domains[rows],
+        sample_ids=batch.sample_ids[rows],
+        keys=tuple(batch.keys[i] for i in rows),
+    )
 
 
 def differs(full: Encoded, mine: Encoded, batch: Batch, capture: Collection[str], tolerance: float) -> str | None:
