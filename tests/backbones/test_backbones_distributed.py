@@ -1,4 +1,4 @@
-"""Two gloo processes against one: gradients of several backbones, and re-estimated BatchNorm statistics."""
+"""Two gloo processes against one: gradients of 14 timm families and 9 text architectures, and BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crossft.backbones import Backbone, apply_batchnorm_policy, batch_norms, reestimate_, set_domains
 
-VISION = ("test_vit", "test_resnet", "swin_tiny_patch4_window7_224", "beit_base_patch16_224")
-TEXT = ("bert", "modernbert", "albert")
+VISION = (
+    "test_vit",
+    "test_resnet",
+    "swin_tiny_patch4_window7_224",
+    "test_efficientnet",
+    "regnetx_002",
+    "densenet121",
+    "vgg11",
+    "test_convnext",
+    "test_coatnet",
+    "test_byobnet",
+    "focalnet_tiny_srf",
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
+    "test_mambaout",
+)
+TEXT = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert", "albert", "t5")
 CASES = [(name, False) for name in (*VISION, *TEXT)] + [("test_resnet", True), ("bert", True)]
 
 
