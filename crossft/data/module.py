@@ -159,7 +159,7 @@ class DomainData(pl.LightningDataModule):
         self.shots, self.fraction, self.validation_from_labels = shots, fraction, validation_from_labels
         self.mix, self.sampler, self.epoch = mix, sampler, epoch
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.eval_batch_size = 2 * batch_size if eval_batch_size is None else eval_batch_size
         self.split, self.splits, self.split_seed, self.seed, self.limit = split, splits, split_seed, seed, limit
         self.verify, self.on_error, self.max_bad = verify, on_error, max_bad
         self.reader, self.kind, self.labels = reader, kind, labels

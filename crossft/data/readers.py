@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 from crossft.data.table import Columns, Table
 from crossft.errors import ConfigError, DataError
 
-__all__ = ["Auto", "ImageFolder", "Reader", "TableFile", "table_of"]
+__all__ = ["Auto", "ImageFolder", "Reader", "TableFile", "refuse_columns", "table_of"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -61,6 +62,7 @@ class ImageFolder(Reader):
     def read(self, root: Path, name: str, columns: Columns) -> Table:
         """Rows of one folder."""
         folder = root / name
+        refuse_columns(columns, f"{folder}: folders of images")
         tops = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
         split = bool(tops) and all(p.name.lower() in SPLIT_NAMES for p in tops)
         files = sorted(p for p in folder.rglob("*") if _is_image(p, folder))
@@ -79,6 +81,25 @@ class ImageFolder(Reader):
             [str(p) for p in files],
             [SPLIT_NAMES[p[0].lower()] for p in parts] if split else None,
         )
+
+
+def refuse_columns(columns: Columns, what: str) -> None:
+    """Refuse column names where a domain has no columns.
+
+    Args:
+        columns: those asked for.
+        what: the domain and what it holds, in the plural.
+
+    Raises:
+        ConfigError: one is named.
+    """
+    for field, name in asdict(columns).items():
+        if name is not None:
+            argument = "group" if field == "group" else f"{field}_column"
+            raise ConfigError(
+                f"data.{argument}={name!r}: {what} have no columns; drop the argument, or describe the domain by a "
+                "table (DOMAIN.csv with the columns image, label and your own)"
+            )
 
 
 def _is_image(path: Path, folder: Path) -> bool:

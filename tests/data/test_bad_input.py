@@ -288,6 +288,23 @@ CASES: dict[str, Case] = {
         ConfigError,
         r"data\.split=given, but domain 'books' names no splits",
     ),
+    **{
+        f"{name} of an image folder": (
+            nothing,
+            {"target": I, name: "who"},
+            DomainData.prepare,
+            ConfigError,
+            rf"data\.{name}='who'.*folders of images have no columns; drop the argument",
+        )
+        for name in ("group", "label_column", "split_column", "id_column")
+    },
+    "no evaluation batch": (
+        nothing,
+        {"target": T, "eval_batch_size": 0},
+        DomainData.prepare,
+        ConfigError,
+        r"data\.eval_batch_size=0 must be at least 1",
+    ),
     "group without a column": (
         nothing,
         {"target": T, "split": "group"},
