@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch.utils.data import Dataset
 
-from crossft.data.readers import SPLIT_NAMES, Reader, table_of
+from crossft.data.readers import SPLIT_NAMES, Reader, refuse_columns, table_of
 from crossft.data.table import Columns, Concat, Table
 from crossft.errors import ConfigError, DataError
 
@@ -32,15 +32,15 @@ class HuggingFace(Reader):
     def domains(self, root: Path) -> list[str]:
         """Saved folders under ``root``; for a hub name, its configurations."""
         if self.path is not None:
-            return sorted(_datasets().get_dataset_config_names(self.path))
+            return sorted(self._asked(_datasets().get_dataset_config_names, self.path))
         marks = ("dataset_info.json", "dataset_dict.json", "state.json")
         return sorted(p.name for p in root.iterdir() if p.is_dir() and any((p / m).is_file() for m in marks))
 
     def read(self, root: Path, name: str, columns: Columns) -> Table:
         """Rows of one data set; its own splits are the given splits."""
         library = _datasets()
-        data = library.load_dataset(self.path, name) if self.path else library.load_from_disk(str(root / name))
         place = Path(f"{self.path}/{name}") if self.path else root / name
+        data = self._asked(library.load_dataset, self.path, name) if self.path else _saved(library, place)
         if not hasattr(data, "keys"):
             return self._one(data, place, columns, None)
         unknown = [k for k in data if k.lower() not in SPLIT_NAMES]
@@ -48,6 +48,17 @@ class HuggingFace(Reader):
             raise DataError(f"{place}: unknown split {unknown[0]!r}; allowed: {', '.join(SPLIT_NAMES)}")
         parts = [self._one(data[k], place / k, columns, SPLIT_NAMES[k.lower()]) for k in data]
         return _joined(parts)
+
+    def _asked(self, call: Callable[..., Any], *arguments: str) -> Any:
+        """What the library finds under ``path``; it raises errors of many kinds, of its own and of the network."""
+        try:
+            return call(*arguments)
+        except Exception as error:
+            raise DataError(
+                f"data.reader.path={self.path!r} cannot be read ({type(error).__name__}: {error}); it must be a data "
+                "set of the hub or a builder such as csv. Check the name and the network, or write the data set with "
+                "save_to_disk to a folder a domain under data.root and leave path out"
+            ) from error
 
     def _one(self, data: Any, place: Path, columns: Columns, split: str | None) -> Table:
         library = _datasets()
@@ -86,6 +97,7 @@ class TorchDatasets(Reader):
 
     def read(self, root: Path, name: str, columns: Columns) -> Table:
         """Rows of one data set; inputs stay lazy, every label is read once."""
+        refuse_columns(columns, f"domain {name!r}: torch data sets")
         data = self.datasets[name]
         if not hasattr(data, "__len__"):
             raise ConfigError(f"data.reader: the data set of domain {name!r} has no length; only map-style sets work")
@@ -110,6 +122,13 @@ class _Column(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.data[int(index)][self.key]
+
+
+def _saved(library: Any, folder: Path) -> Any:
+    try:
+        return library.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be read as a saved data set: {error}; write it again") from error
 
 
 def _joined(parts: list[Table]) -> Table:
