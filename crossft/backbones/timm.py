@@ -17,7 +17,7 @@ from crossft.backbones.base import Backbone, StagePlan, check_partition
 from crossft.backbones.batchnorm import DomainBatchNorm, without_statistics
 from crossft.backbones.layouts import chain_plans, grouped_plans
 from crossft.backbones.weights import packaged, read_tensors
-from crossft.errors import BackboneError
+from crossft.errors import BackboneError, ConfigError
 from crossft.types import Encoded, ImageSpec
 
 __all__ = ["Timm"]
@@ -51,6 +51,7 @@ class Timm(Backbone):
 
     Raises:
         BackboneError: the name is unknown, weights are missing or do not fit, or the pooling is not possible.
+        ConfigError: ``image_size`` below 1.
 
     Example:
         >>> net = Timm("test_resnet", weights=None)
@@ -75,6 +76,10 @@ class Timm(Backbone):
         model_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if image_size is not None and image_size < 1:
+            raise ConfigError(
+                f"model.backbone.image_size={image_size} must be at least 1 pixel, or null for the pretrained size"
+            )
         self.name = name
         self.pooling = pooling
         self.checkpoint_grads = checkpoint_grads
