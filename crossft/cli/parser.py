@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from crossft.cli.checks import check_run
 from crossft.cli.options import CheckpointOptions, RunOptions, WandbOptions
 from crossft.cli.safety import check_values, deny_by_default, take_allowed
 from crossft.data import DomainData
@@ -161,6 +162,7 @@ class Settings(LightningCLI):
         except (TypeError, ValueError, KeyError, AttributeError, OSError, yaml.YAMLError) as error:
             raise translated(str(error)) from error
         check_values(self.config, self.allowed)
+        check_run(self.config)
         self._check_methods([] if isinstance(args, dict) else list(args or []))
 
     def _parse_ckpt_path(self) -> None:

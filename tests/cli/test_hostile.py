@@ -221,6 +221,17 @@ def test_foreign_and_malformed_checkpoints(finished: Path, fit: Callable[..., in
 # -- paths that leave their folder -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["../../escaped", "a/b", "/absolute", "..", ".hidden", "", "a\nb", "a b", "-x"])
+@pytest.mark.parametrize("key", ["experiment", "arm"])
+def test_names_that_would_leave_the_root_of_the_runs(
+    fit: Callable[..., int], tmp_path: Path, key: str, name: str, capsys
+) -> None:
+    root = tmp_path / "deep" / "runs"
+    assert fit(root, f"--{key}={name}") == 2
+    assert f"{key}={name!r} must be a plain name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
 @pytest.mark.parametrize("path", ["../../elsewhere.ckpt", "/etc/passwd", "checkpoints/../../elsewhere.ckpt"])
 def test_summary_that_names_a_file_elsewhere(finished: Path, tmp_path: Path, path: str, capsys) -> None:
     run = tmp_path / "a" / "run"
