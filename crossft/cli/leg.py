@@ -186,7 +186,18 @@ class Leg:
             enable_progress_bar=isinstance(bar, ProgressBar),
             enable_model_summary=False,
         )
-        trainer.fit(task, datamodule=self.data, ckpt_path=self.resume, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=self.data, ckpt_path=self.resume, weights_only=True)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {error}") from error
+        except ValueError as error:
+            if "`val_check_interval`" not in str(error):
+                raise
+            raise ConfigError(
+                f"trainer.val_check_interval={config.trainer.val_check_interval} is more than the micro-batches of an "
+                f"epoch: {error}. Set it to at most that number, or to a share of an epoch (0.5), or set "
+                "trainer.check_val_every_n_epoch=null to count over epochs"
+            ) from error
 
     def _checked_select(self, task: Task) -> str | None:
         """The metric that chooses the checkpoint.
