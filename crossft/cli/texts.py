@@ -53,7 +53,13 @@ Columns: input, predicted, and one probability a label (p_LABEL); for regression
 Write a run's model in a form that needs no crossft.
 --to timm: model.safetensors and config.json, for timm.create_model("local-dir:FOLDER").
 --to hf: a save_pretrained folder with its tokenizer, for transformers.AutoModel.from_pretrained(FOLDER).
-The heads lie beside it: heads.safetensors (HEAD.weight [k, d], HEAD.bias [k]) and heads.json (label names).""",
+The heads lie beside it: heads.safetensors (HEAD.weight [k, d], HEAD.bias [k]) and heads.json, one entry a domain:
+its head, kind and labels, the pooling that makes the features [d], and the output that makes predictions of
+features @ weight.T + bias: softmax, sigmoid, or none (regression, in the label's own units).
+timm: images of image_size; with pooling model, features = net(x). Else pool forward_features(x), mean or max over the
+positions after the first prefix_tokens or cls, the first; hand it as a 1 x 1 map (tokens: repeated prefix_tokens + 1
+times) to forward_head(pooled, pre_logits=True). hf: texts cut at max_length tokens; mean or max of last_hidden_state
+where attention_mask is 1, or cls, the first of these.""",
     "inspect": """usage: crossft inspect --config FILE [--KEY VALUE ...] [--curve FILE.png [--steps N]]
 
 Print the stages of a config's model, input to output: parameters, how many of them train, buffers; then the ledger of
