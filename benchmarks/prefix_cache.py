@@ -1,6 +1,6 @@
 """What the frozen-prefix cache saves: epochs of a hand-written PyTorch loop against ours, side by side.
 
-    python benchmarks/prefix_cache.py [--rows 320] [--texts 160] [--rounds 3]
+    python benchmarks/prefix_cache.py [--rows 320] [--texts 160] [--rounds 3] [--wall]
 
 Two backbones from packages, EfficientNet-lite0 on pacs-96 (photo) and MiniLM on amazon4-airline (books), each as a
 linear probe and with its last two stages training, on the same batches in the same order. Three things take turns:
@@ -10,8 +10,10 @@ linear probe and with its last two stages training, on the same batches in the s
 - `bound`: the hand-written loop above the cut alone, its inputs ready in memory: what a cache without any cost gives.
 
 Then five epochs of a linear probe from an empty cache, building included, against five epochs of the loop. Only
-training epochs are timed. The aims are >= 50 times for the probe, within 10 % of the bound for the last two stages, and
->= 4 times for five epochs. Data is read from CROSSFT_DATA (default ../shared/data).
+training epochs are timed, and medians over the rounds are shown. Everything runs in one thread, and seconds are those
+of the processor, since other programs may run beside it (--wall takes the clock on the wall). The aims are >= 50 times
+for the probe, within 10 % of the bound for the last two stages, and >= 4 times for five epochs. Data is read from
+CROSSFT_DATA (default ../shared/data).
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from crossft.tasks import Classification
 
 ROOT = Path(os.environ.get("CROSSFT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 PROBE, SHARE, FIVE = 50.0, 0.9, 4.0
+CLOCK = time.perf_counter if "--wall" in sys.argv else time.process_time
 
 
 def vision(rows: int) -> tuple[Callable[[], Backbone], DomainData]:
@@ -81,7 +84,7 @@ def loop(build: Callable[[], Backbone], data: DomainData, last: int, ready: bool
         with torch.no_grad():
             coded = [(backbone(b.inputs, capture=below), b) for b in batches]
         batches = [(e.stages[below[0]] if cut else e.features, b) for e, b in coded]
-    start = time.perf_counter()
+    start = CLOCK()
     for item in batches:
         value, batch = item if ready else (None, item)
         if cut is None:
@@ -95,7 +98,7 @@ def loop(build: Callable[[], Backbone], data: DomainData, last: int, ready: bool
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return time.perf_counter() - start
+    return CLOCK() - start
 
 
 class Clock(pl.Callback):
@@ -105,10 +108,10 @@ class Clock(pl.Callback):
         self.seconds: list[float] = []
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.start = time.perf_counter()
+        self.start = CLOCK()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(CLOCK() - self.start)
 
 
 def ours(build: Callable[[], Backbone], data: DomainData, last: int, epochs: int) -> list[float]:
@@ -144,25 +147,27 @@ def compare(name: str, build: Callable[[], Backbone], data: DomainData, rounds: 
             times["bound"].append(loop(build, data, last, ready=True))
         base, cached, bound = (statistics.median(times[k]) for k in ("loop", "crossft", "bound"))
         print(
-            f"{name:18}{mode:15}{base:9.3f}{first:10.3f}{statistics.median(again):10.3f}{cached:10.3f}{bound:10.3f}"
+            f"{name:19}{mode:14}{base:9.3f}{first:10.3f}{statistics.median(again):10.3f}{cached:10.3f}{bound:10.3f}"
             f"{base / cached:9.1f}x{base / bound:9.1f}x"
         )
         held &= base / cached >= PROBE if last == 0 else bound / cached >= SHARE
     return held
 
 
-def five(name: str, build: Callable[[], Backbone], data: DomainData) -> bool:
+def five(name: str, build: Callable[[], Backbone], data: DomainData, rounds: int) -> bool:
     """Print five epochs of a probe from an empty cache against five of the loop."""
-    with tempfile.TemporaryDirectory() as folder:
-        former = os.environ["CROSSFT_CACHE"]
-        os.environ["CROSSFT_CACHE"] = folder
-        mine = sum(ours(build, data, 0, 5))
-        os.environ["CROSSFT_CACHE"] = former
-    theirs = sum(loop(build, data, 0, ready=False) for _ in range(5))
+    mine, theirs, former = [], [], os.environ["CROSSFT_CACHE"]
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["CROSSFT_CACHE"] = folder
+            mine.append(sum(ours(build, data, 0, 5)))
+        theirs.append(5 * loop(build, data, 0, ready=False))
+    os.environ["CROSSFT_CACHE"] = former
+    ours_, loop_ = statistics.median(mine), statistics.median(theirs)
     print(
-        f"{name:18}five epochs of a linear probe, building included: {theirs:.2f} s, {mine:.2f} s: {theirs / mine:.1f}x"
+        f"{name:19}five epochs of a linear probe, building included: {loop_:.2f} s, {ours_:.2f} s: {loop_ / ours_:.1f}x"
     )
-    return theirs / mine >= FIVE
+    return loop_ / ours_ >= FIVE
 
 
 def main() -> int:
@@ -170,6 +175,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=320, help="images")
     parser.add_argument("--texts", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--wall", action="store_true", help="seconds of the wall clock")
     args = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -184,7 +190,7 @@ def main() -> int:
             data.prepare()
             held &= compare(name, build, data, args.rounds)
         for name, (build, data) in cases.items():
-            held &= five(name, build, data)
+            held &= five(name, build, data, args.rounds)
     return 0 if held else 1
 
 

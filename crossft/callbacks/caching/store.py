@@ -103,6 +103,7 @@ class Store:
         self._storage: torch.dtype = getattr(torch, storage)
         self._about = about
         self._tables: dict[tuple[int, int], Table] = {}
+        self._placed: tuple[Any, Ints, Ints, Ints] = (None, starts, starts, starts)
         self.problem: str | None = None
         self.form = self._known_form()
 
@@ -136,10 +137,14 @@ class Store:
 
     def _parts(self, keys: Sequence[Any], only: Ints | None = None) -> list[_Part]:
         """The keys (or those at positions ``only``) by table."""
-        positions = np.arange(len(keys)) if only is None else only
-        rows = np.array([keys[i].row for i in positions], np.int64)
-        views = np.array([self._rows.view_of(keys[i]) for i in positions], np.int64)
-        domains = np.searchsorted(self._starts, rows, side="right") - 1
+        if self._placed[0] is not keys:
+            rows = np.array([key.row for key in keys], np.int64)
+            views = np.array([self._rows.view_of(key) for key in keys], np.int64)
+            self._placed = (keys, rows, views, np.searchsorted(self._starts, rows, side="right") - 1)
+        _, rows, views, domains = self._placed
+        positions = np.arange(len(keys))
+        if only is not None and len(only) < len(keys):
+            positions, rows, views, domains = only, rows[only], views[only], domains[only]
         out = []
         for domain, view in sorted({*zip(domains.tolist(), views.tolist())}):
             mine = (domains == domain) & (views == view)
@@ -169,17 +174,20 @@ class Store:
         return out
 
     def read(self, keys: Sequence[Any], only: Ints) -> Tensor:
-        """Values of keys that are known, of the positions ``only``: [m, ...], or [tokens of them, ...]."""
+        """Values of keys that are known, of the positions ``only`` (ascending): [m, ...], or [tokens of them, ...]."""
         assert self.form is not None
         parts = self._parts(keys, only)
         if len(parts) == 1:
             flat = parts[0].table.read(parts[0].slots)
+        elif not self.form.tokens:
+            flat = np.empty((len(only), math.prod(self.form.shape)), parts[0].table.dtype)
+            for part in parts:
+                flat[np.searchsorted(only, part.positions)] = part.table.read(part.slots)
         else:
-            place = {int(p): i for i, p in enumerate(only)}
             pieces: list[Any] = [None] * len(only)
             for part in parts:
-                for position, slot in zip(part.positions, part.slots):
-                    pieces[place[int(position)]] = part.table.read(slot[None])
+                for position, slot in zip(np.searchsorted(only, part.positions), part.slots):
+                    pieces[position] = part.table.read(slot[None])
             flat = np.concatenate(pieces)
         values = torch.from_numpy(flat)
         if self._storage != torch.float32:
@@ -198,10 +206,9 @@ class Store:
         assert self.form is not None
         flat = values.detach().to(self._storage).cpu().reshape(-1, math.prod(self.form.shape))
         numbers = (flat if self._storage == torch.float32 else flat.view(torch.uint16)).numpy()
-        place = {int(p): i for i, p in enumerate(only)}
         try:
             for part in self._parts(keys, only):
-                inside = np.array([place[int(p)] for p in part.positions])
+                inside = np.searchsorted(only, part.positions)
                 if not self.budget.take(part.table.size(part.slots)):
                     continue
                 part.table.write(part.slots, self._units(numbers, keys, only, inside))
