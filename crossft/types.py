@@ -63,6 +63,12 @@ class Domain:
         """What two domains must share to share a head: kind and label names."""
         return (self.kind, self.labels)
 
+    def fits(self, targets: Tensor) -> bool:
+        """Whether a batch's targets [b] or [b, c] have the form of this label space."""
+        if self.kind == "multilabel":
+            return targets.ndim == 2 and targets.shape[1] == len(self.labels)
+        return targets.ndim == 1 and targets.is_floating_point() == (self.kind == "regression")
+
 
 def head_of(domains: Sequence[Domain]) -> dict[str, str]:
     """Map each domain's name to the key of its head: domains with one label space share the head of the first.

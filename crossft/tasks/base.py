@@ -122,8 +122,8 @@ class Task(LightningModule):
         """
 
     @abstractmethod
-    def predictions(self, logits: Tensor) -> Tensor:
-        """What metrics and predictions read: probabilities [b, k], or values [b] for regression."""
+    def predictions(self, logits: Tensor, domain: Domain) -> Tensor:
+        """What metrics and predictions read of a domain: probabilities [b, k], or values [b] for regression."""
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -134,13 +134,16 @@ class Task(LightningModule):
 
     def forward(self, inputs: dict[str, Tensor], domain: str | None = None) -> Tensor:
         """Logits [b, k] of the head of ``domain`` (default: the first target, else the first domain)."""
-        names = [d.name for d in self.domains if d.role == "target"] or [self.domains[0].name]
-        name = domain or names[0]
+        name = domain or self._default_domain
         if self.batchnorm == "per_domain":
             index = [d.name for d in self.domains].index(name)
             rows = len(next(iter(inputs.values())))
             set_domains(self.backbone, torch.full((rows,), index, device=self.device))
         return self.heads[self.head_keys[name]](self.backbone(inputs).features)
+
+    @property
+    def _default_domain(self) -> str:
+        return next((d.name for d in self.domains if d.role == "target"), self.domains[0].name)
 
     def encode(self, batch: Batch, capture: Collection[str] = ()) -> Encoded:
         """Run the backbone over a batch; from stored values of its frozen prefix where a method keeps them."""
@@ -174,6 +177,8 @@ class Task(LightningModule):
             return self.per_sample_loss(logits[key], batch.targets, batch.labeled, domain).float()
         total = torch.zeros(len(batch), device=batch.domains.device)
         for key, domain in self._spaces.items():
+            if not domain.fits(batch.targets):
+                continue  # a batch holds targets of one form; this head's domains are in other batches
             rows = batch.labeled & torch.isin(batch.domains, self._head_ids(key, batch.domains.device))
             total = total + self.per_sample_loss(logits[key], batch.targets, rows, domain).float()
         return total
@@ -232,15 +237,14 @@ class Task(LightningModule):
     def _evaluate(self, split: Literal["val", "test"], batch: Batch, dataloader_idx: int) -> None:
         name = self.trainer.datamodule.eval_domains(split)[dataloader_idx]  # type: ignore[attr-defined]
         step = self.model_step(batch)
-        self.evaluation.update(name, self.predictions(step.logits[self.head_keys[name]]), step)
+        key = self.head_keys[name]
+        self.evaluation.update(name, self.predictions(step.logits[key], self._spaces[key]), step)
 
     def on_validation_epoch_start(self) -> None:
         """Start the metrics afresh."""
         self.evaluation.reset()
 
-    def on_test_epoch_start(self) -> None:
-        """Start the metrics afresh."""
-        self.evaluation.reset()
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log ``DOMAIN/val/METRIC``."""
@@ -262,7 +266,8 @@ class Task(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Sample ids and predictions of the batch's rows, padding left out."""
         keep = batch.domains >= 0
-        return {"sample_ids": batch.sample_ids[keep], "predictions": self.predictions(self(batch.inputs))[keep]}
+        space = self._spaces[self.head_keys[self._default_domain]]
+        return {"sample_ids": batch.sample_ids[keep], "predictions": self.predictions(self(batch.inputs), space)[keep]}
 
     # -- what trains -------------------------------------------------------------------------------------------
 

@@ -80,8 +80,8 @@ class Classification(Task):
         losses = F.cross_entropy(logits, clean, reduction="none", ignore_index=-1, label_smoothing=self.label_smoothing)
         return losses if weights is None else losses * weights[clean.clamp(min=0)]
 
-    def predictions(self, logits: Tensor) -> Tensor:
-        """Probabilities [b, k]."""
-        if self.domains[0].kind == "multilabel":
+    def predictions(self, logits: Tensor, domain: Domain) -> Tensor:
+        """Probabilities [b, k]: of exclusive labels, or of each label by itself (multilabel)."""
+        if domain.kind == "multilabel":
             return logits.float().sigmoid()
         return logits.float().softmax(1)  # in bfloat16, probabilities would tie

@@ -69,6 +69,6 @@ class Regression(Task):
         losses = self.loss(logits[:, 0], (clean - self.label_mean) / self.label_scale, reduction="none")
         return losses.masked_fill(~rows, 0.0)
 
-    def predictions(self, logits: Tensor) -> Tensor:
+    def predictions(self, logits: Tensor, domain: Domain) -> Tensor:
         """Values [b] in the label's own units."""
         return logits[:, 0].float() * self.label_scale + self.label_mean

@@ -212,3 +212,24 @@ def test_publish_copies_where_links_are_not_possible(whole, tmp_path: Path, monk
     publish(copy, "best.ckpt")
     check(tmp_path / "best.ckpt")
     assert json.loads(manifest_of(tmp_path / "best.ckpt").read_text())["file"] == "best.ckpt"
+
+
+def test_a_kill_between_a_save_and_its_publication_is_mended(whole, tmp_path: Path) -> None:
+    """The newest step is saved, ``last.ckpt`` and ``best.ckpt`` are still the step before; a resume puts them right."""
+    root, folder, _, steps = whole
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "anchors").symlink_to(folder / "anchors")
+    before, newest = checkpoints(folder)[-2:]
+    for path in (before, newest):
+        saved = load_checkpoint(path)
+        key = next(k for k in saved["callbacks"] if k.startswith("Checkpoints"))
+        saved["callbacks"][key]["best_step"] = steps
+        AtomicCheckpointIO().save_checkpoint(saved, tmp_path / "checkpoints" / path.name)
+    for name in ("last.ckpt", "best.ckpt"):
+        publish(tmp_path / "checkpoints" / before.name, name)
+    (tmp_path / "checkpoints" / ".tmp-abc-step-9.ckpt").write_bytes(b"half")
+    train(root, tmp_path, resume=tmp_path / "checkpoints" / newest.name)
+    for name in ("last.ckpt", "best.ckpt"):
+        check(tmp_path / "checkpoints" / name)
+        assert load_checkpoint(tmp_path / "checkpoints" / name)["global_step"] == steps
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))

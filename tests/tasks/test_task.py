@@ -84,6 +84,28 @@ def test_multilabel_loss_and_blank_targets() -> None:
     assert all(torch.isfinite(p.grad).all() for p in task.parameters())
 
 
+@pytest.mark.parametrize(
+    "kinds", [("multilabel", "multilabel"), ("multilabel", "multiclass"), ("multiclass", "multilabel")]
+)
+def test_label_spaces_of_different_forms_stay_apart(kinds: tuple[str, str]) -> None:
+    """A batch of target rows passes by a source head whose targets have another form, and is scored by its own."""
+    source, target = (
+        Domain("photo", "source", kinds[0], ("a", "b", "c")),
+        Domain("sketch", "target", kinds[1], ("x", "y")),
+    )
+    task = Classification(TinyVision(), [source, target])
+    targets = torch.tensor([[1.0, 0.0], [1.0, 1.0]]) if kinds[1] == "multilabel" else torch.tensor([1, 0])
+    step = losses(task, make_batch(targets, [1, 1], [True, True]))
+    own = step.logits["sketch"]
+    if kinds[1] == "multilabel":
+        expected = F.binary_cross_entropy_with_logits(own, targets, reduction="none").mean(1)
+        assert torch.allclose(task.predictions(own, target), own.sigmoid())
+    else:
+        expected = F.cross_entropy(own, targets, reduction="none")
+        assert torch.allclose(task.predictions(own, target), own.softmax(1))
+    assert torch.allclose(step.per_sample_loss, expected)
+
+
 def test_regression_in_standard_units_predicts_in_label_units() -> None:
     task = Regression(TinyVision(), [Domain("photo", "source", "regression", ("age",))])
     task.label_mean.fill_(50.0)
@@ -91,7 +113,7 @@ def test_regression_in_standard_units_predicts_in_label_units() -> None:
     step = losses(task, make_batch(torch.tensor([60.0, float("nan")]), [0, 0], [True, False]))
     assert torch.allclose(step.per_sample_loss[0], (step.logits["photo"][0, 0] - 1.0) ** 2)
     assert step.per_sample_loss[1] == 0
-    assert torch.allclose(task.predictions(step.logits["photo"]), step.logits["photo"][:, 0] * 10 + 50)
+    assert torch.allclose(task.predictions(step.logits["photo"], task.domains[0]), step.logits["photo"][:, 0] * 10 + 50)
 
 
 def test_frozen_stages_stay_in_evaluation_mode_and_lose_their_gradient() -> None:

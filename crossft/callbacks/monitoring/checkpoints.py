@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from crossft.callbacks.monitoring.anchors import Anchors
 from crossft.callbacks.monitoring.checkpoint_io import latest_valid, publish
@@ -62,7 +63,7 @@ class Checkpoints(Checkpoint):
         self.every_minutes, self._saved_at = every_minutes, time.monotonic()
         self.every_n_steps, self.keep, self.monitor, self.mode = every_n_steps, keep, monitor, mode
         self.best_score: float | None = None
-        self.saved_step = -1
+        self.best_step = self.saved_step = -1
         self._rng: dict[str, Any] | None = None
         self._terminated = False
 
@@ -130,10 +131,10 @@ class Checkpoints(Checkpoint):
         improved = score is not None and (
             self.best_score is None or ((score > self.best_score) == (self.mode == "max") and score != self.best_score)
         )
-        if improved:
-            self.best_score = score
         step = self.saved_step = trainer.global_step
-        path = self.folder.checkpoints / f"step-{step}.ckpt"
+        if improved:
+            self.best_score, self.best_step = score, step
+        path = self._path(step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             publish(path, "last.ckpt")
@@ -142,6 +143,9 @@ class Checkpoints(Checkpoint):
             self._prune(trainer)
         self._saved_at = time.monotonic()
         trainer.strategy.barrier("crossft checkpoint")
+
+    def _path(self, step: int) -> Path:
+        return self.folder.checkpoints / f"step-{step}.ckpt"
 
     def _score(self, trainer: Trainer) -> float | None:
         if self.monitor is None:
@@ -161,12 +165,13 @@ class Checkpoints(Checkpoint):
     # -- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Best score and step; every process's RNG is gathered here, so all processes must save together."""
+        """Best score and steps; every process's RNG is gathered here, so all processes must save together."""
         states: list[Any] = [_get_rng()]
         if dist.is_available() and dist.is_initialized():
             states = [None] * dist.get_world_size()
             dist.all_gather_object(states, _get_rng())
-        return {"best_score": self.best_score, "saved_step": self.saved_step, "rng": states}
+        steps = {"saved_step": self.saved_step, "best_step": self.best_step}
+        return {"best_score": self.best_score, **steps, "rng": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep this process's RNG until the first batch."""
@@ -176,8 +181,21 @@ class Checkpoints(Checkpoint):
                 f"the checkpoint was saved by {len(state_dict['rng'])} processes, this run has {world}; "
                 "resume with the same number, or start a new run from it with --init"
             )
-        self.best_score, self.saved_step = state_dict["best_score"], state_dict["saved_step"]
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        self.saved_step = state_dict["saved_step"]
         self._rng = state_dict["rng"][dist.get_rank() if world > 1 else 0]
+        if not getattr(rank_zero_only, "rank", 0):
+            self._mend()
+
+    def _mend(self) -> None:
+        """Finish what a kill between a save and its publication left undone, and remove half-written files."""
+        path = self._path(self.saved_step)
+        if path.is_file():
+            publish(path, "last.ckpt")
+            if self.best_step == self.saved_step:
+                publish(path, "best.ckpt")
+        for half in self.folder.checkpoints.glob(".tmp-*"):
+            half.unlink(missing_ok=True)
 
     def latest(self) -> Path | None:
         """The newest valid checkpoint of the run."""
