@@ -15,6 +15,8 @@ from crossft.errors import ConfigError, CrossftError
 __all__ = ["check_run"]
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+_ARM = re.compile(r"[A-Za-z0-9][^/\\\x00-\x1f=]*(=[^\x00-\x1f]*)?")
+"""Sweeps write values into an arm's name (``full,init=runs/a``); `run_id` makes a folder's name of it."""
 _SEEDS = 2**32
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
 
@@ -25,8 +27,8 @@ def check_run(config: Any) -> None:
     Raises:
         ConfigError: names the argument, its value, what is allowed and the remedy.
     """
-    for name in ("experiment", "arm"):
-        _check_name(name, config[name])
+    _check_name("experiment", config.experiment, _PLAIN)
+    _check_name("arm", config.arm, _ARM)
     seed = config.seed_everything
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < _SEEDS:
         raise ConfigError(f"seed_everything={seed} must be a whole number from 0 to {_SEEDS - 1}; name the seed itself")
@@ -42,9 +44,9 @@ def check_run(config: Any) -> None:
         _check_optimizer(arguments["optimizer"])
 
 
-def _check_name(name: str, value: str) -> None:
+def _check_name(name: str, value: str, allowed: re.Pattern[str]) -> None:
     """Names become folders below ``run.root``, so they must not be paths."""
-    if not _PLAIN.fullmatch(value):
+    if not allowed.fullmatch(value):
         raise ConfigError(
             f"{name}={value!r} must be a plain name: a letter or digit, then letters, digits and . _ = + -; it names a "
             "folder, so it holds no slash (run.root and run.dir say where runs lie)"

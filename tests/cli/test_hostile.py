@@ -215,7 +215,7 @@ def test_foreign_and_malformed_checkpoints(finished: Path, fit: Callable[..., in
 # -- paths that leave their folder -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../../escaped", "a/b", "/absolute", "..", ".hidden", "", "a\nb", "a b", "-x"])
+@pytest.mark.parametrize("name", ["../../escaped", "a/b", "/absolute", "..", ".hidden", "", "a\nb", "-x"])
 @pytest.mark.parametrize("key", ["experiment", "arm"])
 def test_names_that_would_leave_the_root_of_the_runs(
     fit: Callable[..., int], tmp_path: Path, key: str, name: str, capsys
