@@ -23,8 +23,6 @@ from crossft.types import Batch, Domain, Encoded, GradientProjection, Kind, Loss
 
 __all__ = ["Prefix", "Task"]
 
-OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
-
 
 def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
     return torch.optim.AdamW(groups, lr=3e-4, fused=True)
@@ -65,7 +63,7 @@ class Task(LightningModule):
         self,
         backbone: Backbone,
         domains: list[Domain] | None = None,
-        optimizer: OptimizerCallable | None = None,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         schedule: Schedule | None = None,
         head_multiplier: float = 3.0,
         layer_decay: float = 1.0,
@@ -106,7 +104,6 @@ class Task(LightningModule):
         self.prefix: Prefix | None = None
         # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
         self._ddp_params_and_buffers_to_ignore: list[str] = []
-        self.automatic_optimization = True
 
     # -- what a kind of task defines ---------------------------------------------------------------------------
 
@@ -173,12 +170,12 @@ class Task(LightningModule):
     def _row_losses(self, logits: dict[str, Tensor], batch: Batch) -> Tensor:
         """[b] task loss of each labeled row under the head of its own label space, 0 elsewhere."""
         if len(self._spaces) == 1:
-            ((key, domain),) = self._spaces.items()
+            key, domain = next(iter(self._spaces.items()))
             return self.per_sample_loss(logits[key], batch.targets, batch.labeled, domain).float()
         total = torch.zeros(len(batch), device=batch.domains.device)
         for key, domain in self._spaces.items():
             if not domain.fits(batch.targets):
-                continue  # a batch holds targets of one form; this head's domains are in other batches
+                continue  # this head's domains are in other batches
             rows = batch.labeled & torch.isin(batch.domains, self._head_ids(key, batch.domains.device))
             total = total + self.per_sample_loss(logits[key], batch.targets, rows, domain).float()
         return total
