@@ -21,6 +21,8 @@ Call = tuple[Tensor, Tensor]
 """One call of a layer: its input, and the gradient of the row's scalar by its output; both with rows first."""
 
 Sums = dict[str, Tensor]
+BLOCK = 1 << 17
+"""Elements of a weight's gradient worked on at a time."""
 Rule = Callable[[Any, list[Call], int], Sums]
 
 
@@ -30,15 +32,22 @@ def _summed(per_row: Tensor, power: int) -> Tensor:
 
 
 def _outer(g: list[Tensor], x: list[Tensor], power: int) -> Tensor:
-    """Sum over rows of |sum over positions of g x^T|^power, for g [b, t, o] and x [b, t, i]; one row at a time."""
+    """Sum over rows of |sum over positions of g x^T|^power, for g [b, t, o] and x [b, t, i]; one row at a time.
+
+    On a CPU a block of outputs at a time, which stays in its cache over all rows.
+    """
     gs, xs = (g[0], x[0]) if len(g) == 1 else (torch.cat(g, 1), torch.cat(x, 1))
     if gs.shape[1] == 1:  # one position: the power of a product is the product of powers
         gs, xs = gs.squeeze(1), xs.squeeze(1)
         return gs.square().t() @ xs.square() if power == 2 else gs.abs().t() @ xs.abs()
     sums = gs.new_zeros(gs.shape[2], xs.shape[2])
-    for own_g, own_x in zip(gs, xs):
-        own = own_g.t() @ own_x
-        sums = sums.addcmul_(own, own) if power == 2 else sums.add_(own.abs_())
+    block = len(sums) if gs.is_cuda else max(1, BLOCK // xs.shape[2])
+    for start in range(0, len(sums), block):
+        part = sums[start : start + block]
+        own = torch.empty_like(part)
+        for own_g, own_x in zip(gs[:, :, start : start + block], xs):
+            torch.mm(own_g.t(), own_x, out=own)
+            _ = part.addcmul_(own, own) if power == 2 else part.add_(own.abs_())
     return sums
 
 
@@ -140,16 +149,19 @@ def _layer_norm(layer: nn.LayerNorm, calls: list[Call], power: int) -> Sums:
 
 
 def _embedding(layer: nn.Embedding, calls: list[Call], power: int) -> Sums:
-    """Only the rows of the table that a row's ids name are touched; nothing of the table's size times b is held."""
-    sums = torch.zeros(layer.weight.shape, device=layer.weight.device)
+    """A sparse tensor: only the rows of the table that a row's ids name are touched."""
+    touched: list[Tensor] = []
+    values: list[Tensor] = []
     ids, grads = (torch.cat([c[i].flatten(1, c[0].ndim - 1) for c in calls], 1) for i in (0, 1))
     for row, g in zip(ids.long(), grads):
         names, place = row.unique(return_inverse=True)
         own = torch.zeros(len(names), g.shape[1], device=g.device).index_add_(0, place, g)
         if layer.padding_idx is not None:
             own[names == layer.padding_idx] = 0.0
-        sums[names] += own.square() if power == 2 else own.abs()
-    return {"weight": sums}
+        touched.append(names)
+        values.append(own.square() if power == 2 else own.abs())
+    names, sums = torch.cat(touched)[None], torch.cat(values)
+    return {"weight": torch.sparse_coo_tensor(names, sums, layer.weight.shape, check_invariants=False)}
 
 
 _RULES: tuple[tuple[type[nn.Module], Rule], ...] = (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from crossft.callbacks.base import MethodCallback
+from crossft.functional.pull import add_pull_
 from crossft.tasks import Task
 from crossft.types import WeightPenalty
 
@@ -50,9 +51,7 @@ class L2SPPenalty(WeightPenalty):
     def add_grad_(self, weight: float) -> None:
         """Add alpha (w - w0) to the backbone's gradients and beta w to the heads'."""
         weights, anchors = self._pairs()
-        if weights:
-            # The difference first: alpha w - alpha w0 would round to a pull even where w = w0.
-            torch._foreach_add_([_grad(p) for p in weights], torch._foreach_sub(weights, anchors), alpha=weight)
+        add_pull_([_grad(p) for p in weights], weights, anchors, weight)
         own = [p for p in self._own if p.requires_grad]
         if own and self.ratio:
             torch._foreach_add_([_grad(p) for p in own], own, alpha=weight * self.ratio)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.retention.importance import IMPORTANCE, Importance
 from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.functional.pull import add_pull_
 from crossft.tasks import Task
 from crossft.types import WeightPenalty
 
@@ -26,8 +27,7 @@ class QuadraticPenalty(WeightPenalty):
     """weight/2 * sum of F_i (w_i - w_i^0)^2, outside the autograd graph, once an optimizer step.
 
     Anchors are the weights at construction, importance is zero until ``fill``. Both are constants: stored once a run.
-    Memory: anchors in the weights' dtype, importance in float32; a step holds one more copy of what trains for the
-    time of the call.
+    Memory: anchors in the weights' dtype, importance in float32, and nothing a step.
 
     Args:
         parameters: by name within the backbone.
@@ -95,9 +95,7 @@ class QuadraticPenalty(WeightPenalty):
         for parameter in weights:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        pull = torch._foreach_sub(weights, anchors)  # type: ignore[arg-type]
-        torch._foreach_mul_(pull, importance)
-        torch._foreach_add_([p.grad for p in weights if p.grad is not None], pull, alpha=weight)
+        add_pull_([p.grad for p in weights if p.grad is not None], weights, anchors, weight, importance)
 
 
 class QuadraticMethod(MethodCallback):

@@ -1,0 +1,51 @@
+"""The gradient of a quadratic penalty, added in place without a copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_pull_"]
+
+BLOCK = 1 << 17
+"""Elements worked on at a time on a CPU: what is between them stays in its cache."""
+
+
+@torch.no_grad()
+def add_pull_(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    scale: float,
+    importance: Sequence[Tensor] | None = None,
+) -> None:
+    """gradient += scale * importance * (weight - start), tensor by tensor.
+
+    The difference is taken first: scale * weight - scale * start would round to a pull even where the two are equal.
+
+    Args:
+        gradients: changed in place.
+        weights: of the same shapes.
+        starts: of the same shapes.
+        scale: a number.
+        importance: of the same shapes; None for ones.
+    """
+    if not gradients:
+        return
+    if gradients[0].is_cuda:
+        pull = torch._foreach_sub(list(weights), list(starts))
+        if importance is not None:
+            torch._foreach_mul_(pull, list(importance))
+        torch._foreach_add_(list(gradients), pull, alpha=scale)
+        return
+    factors: Sequence[Tensor | None] = [None] * len(gradients) if importance is None else importance
+    for g, w, s, f in zip(gradients, weights, starts, factors, strict=True):
+        whole = [g, w, s] if f is None else [g, w, s, f]
+        flat = g.numel() > BLOCK and all(t.is_contiguous() for t in whole)
+        for parts in zip(*(t.view(-1).split(BLOCK) if flat else (t,) for t in whole), strict=True):
+            pull_part = parts[1] - parts[2]
+            if f is not None:
+                pull_part.mul_(parts[3])
+            parts[0].add_(pull_part, alpha=scale)
