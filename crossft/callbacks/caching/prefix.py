@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -93,6 +94,10 @@ class PrefixCache(Callback):
             raise ConfigError(f"methods.{self.name} needs a crossft task on crossft.data.DomainData; set it to null")
         if stage == "predict" or pl_module.prefix is self:
             return
+        self._told: set[str] = set()
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            self._tell(f"{type(trainer.strategy).__name__} cuts weights into pieces; nothing is cached")
+            return
         root = prefix_folder() if self.where == "disk" else memory_folder(self, trainer)
         self._budget = Budget(root, int(self.budget_gb * 1e9))
         self._stores: dict[str, Store] = {}
@@ -100,7 +105,6 @@ class PrefixCache(Callback):
         self._bad: set[str] = set()
         self._verified: set[tuple[str, bool]] = set()
         self._changes: dict[frozenset[str], set[str]] = {}
-        self._told: set[str] = set()
         self._data = data
         self._bind()
         pl_module.prefix = self

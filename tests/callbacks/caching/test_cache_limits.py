@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from backbones.tiny_models import tiny_text
 from callbacks.caching.cached_runs import fit, image_data, metrics, text_data, warned
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from tiny import TinyVision, flat
 
@@ -22,6 +24,7 @@ from crossft.callbacks.caching import PrefixCache
 from crossft.callbacks.caching.fingerprint import prefix_key
 from crossft.errors import ConfigError
 from crossft.runs import stored_prefixes
+from crossft.tasks import Classification
 
 
 def test_the_key_changes_with_whatever_changes_the_value() -> None:
@@ -264,3 +267,11 @@ def test_bfloat16_takes_half_the_room_and_stays_near(images: Path) -> None:
 def test_it_needs_a_task_and_data_of_crossft() -> None:
     with pytest.raises(ConfigError, match=r"methods.cache needs a crossft task"):
         PrefixCache().setup(Trainer(logger=False, enable_checkpointing=False), LightningModule(), "fit")
+
+
+def test_sharded_weights_are_not_cached(images: Path) -> None:
+    data = image_data(images)
+    task = Classification(TinyVision(), list(data.domains))
+    with pytest.warns(UserWarning, match="ModelParallelStrategy cuts weights into pieces; nothing is cached"):
+        PrefixCache().setup(SimpleNamespace(datamodule=data, strategy=ModelParallelStrategy()), task, "fit")
+    assert task.prefix is None
