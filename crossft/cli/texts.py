@@ -8,6 +8,7 @@ COMMANDS = {
     "test": ("evaluate", "measure a run's model on the test splits"),
     "validate": ("evaluate", "measure a run's model on the validation splits"),
     "predict": ("predict", "write predictions for files, a folder or a table as CSV or Parquet"),
+    "average": ("average", "blend finished models and measure the blends: WiSE-FT, uniform and greedy soups"),
     "export": ("export", "write a run's backbone as a plain timm state or a transformers folder"),
     "inspect": ("inspect", "print the stages of a config's model, with parameter counts"),
     "list": ("catalog", "list the methods, backbones or tasks, with the paper each"),
@@ -48,6 +49,15 @@ A run whose source was still being fitted continues there.
 
 Predict files with a run's model: one row an image file, or one row a line of a table, in the order given.
 Columns: input, predicted, and one probability a label (p_LABEL); for regression input and predicted.""",
+    "average": """usage: crossft average RUN [--alpha 0,0.5,1] [FLAGS]
+       crossft average RUN RUN ... [--greedy METRIC] [FLAGS]
+FLAGS: [--reestimate source|target] [--output FILE.csv] [--save FILE.ckpt]
+
+Measure blends of finished models on the test splits of all domains; nothing is trained.
+One run: WiSE-FT, the line between the model it started from (alpha 0) and its own (alpha 1).
+Several: each alone, their uniform soup, and with --greedy the greedy soup by a validation metric (target/val/accuracy).
+--reestimate computes BatchNorm statistics of each blend anew on that role's training rows; else they are blended.
+--save writes the last blend as a checkpoint for --init.""",
     "export": """usage: crossft export RUN --to timm|hf FOLDER
 
 Write a run's model in a form that needs no crossft.
