@@ -1,6 +1,6 @@
 """What the frozen-prefix cache saves: epochs of a hand-written PyTorch loop against ours, side by side.
 
-    python benchmarks/prefix_cache.py [--rows 320] [--texts 160] [--rounds 3] [--wall]
+    python benchmarks/prefix_cache.py [--rows 512] [--texts 320] [--rounds 3] [--wall]
 
 Two backbones from packages, EfficientNet-lite0 on pacs-96 (photo) and MiniLM on amazon4-airline (books), each as a
 linear probe and with its last two stages training, on the same batches in the same order. Three things take turns:
@@ -172,8 +172,8 @@ def five(name: str, build: Callable[[], Backbone], data: DomainData, rounds: int
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=320, help="images")
-    parser.add_argument("--texts", type=int, default=160)
+    parser.add_argument("--rows", type=int, default=512, help="images")
+    parser.add_argument("--texts", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wall", action="store_true", help="seconds of the wall clock")
     args = parser.parse_args()
