@@ -32,7 +32,7 @@ ALPHAS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 
 
 @dataclass
-class Kitchen:
+class _Kitchen:
     """A model to put weights into, and the data to measure them on.
 
     Attributes:
@@ -74,7 +74,7 @@ def run(command: str, arguments: list[str]) -> int:
     if reestimate not in (None, "source", "target"):
         raise ConfigError(f"--reestimate {reestimate}: allowed are source and target, whose training rows are read")
     saved = open_run(command, [*named[:1], *arguments[len(named) :]])
-    kitchen = Kitchen(saved, prepared_like(saved, keep_splits=True), reestimate)
+    kitchen = _Kitchen(saved, prepared_like(saved, keep_splits=True), reestimate)
     if len(named) == 1:
         rows, state = _line(kitchen, _numbers(alphas or ALPHAS))
     else:
@@ -97,7 +97,7 @@ def _numbers(text: str) -> list[float]:
         raise ConfigError(f"--alpha {text!r} must be numbers divided by commas, as in 0,0.5,1") from None
 
 
-def _line(kitchen: Kitchen, alphas: Sequence[float]) -> tuple[list[tuple[str, dict[str, float]]], State]:
+def _line(kitchen: _Kitchen, alphas: Sequence[float]) -> tuple[list[tuple[str, dict[str, float]]], State]:
     """WiSE-FT: from the model the run started from to its own; the state is the last alpha's."""
     parent = kitchen.saved.folder.summary().get("parent")
     if not parent:
@@ -114,7 +114,7 @@ def _line(kitchen: Kitchen, alphas: Sequence[float]) -> tuple[list[tuple[str, di
 
 
 def _soup(
-    kitchen: Kitchen, runs: Sequence[str], metric: str | None
+    kitchen: _Kitchen, runs: Sequence[str], metric: str | None
 ) -> tuple[list[tuple[str, dict[str, float]]], State]:
     """Each run, their uniform soup, and with a metric the greedy one; the state is the last of these."""
     states = [kitchen.state_of(checkpoint_of(path)) for path in runs]
@@ -135,7 +135,7 @@ def _soup(
     return rows, soup
 
 
-def _show(kitchen: Kitchen, rows: Sequence[tuple[str, dict[str, float]]], output: str | None) -> None:
+def _show(kitchen: _Kitchen, rows: Sequence[tuple[str, dict[str, float]]], output: str | None) -> None:
     keys = [f"{d}/test/{m}" for d, m in primary_of(kitchen.saved.task.domains).items()]
     keys = [k for k in keys if k in rows[0][1]]
     shown = [[name, *(f"{found[k]:.4f}" for k in keys)] for name, found in rows]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from crossft.data.collate import Collate
 from crossft.data.dataset import Item
@@ -17,7 +19,7 @@ from crossft.data.sampler import EVALUATION, Key
 from crossft.errors import ConfigError
 from crossft.types import Batch, Role
 
-__all__ = ["batch_of", "one_pass", "training_rows"]
+__all__ = ["batch_of", "one_pass", "placed", "training_rows"]
 
 
 def training_rows(
@@ -72,3 +74,11 @@ def batch_of(data: DomainData, rows: Sequence[int], domain: int) -> Batch:
     """These dataset rows of one domain as a batch, as evaluation sees them."""
     items: list[Item] = [data.dataset[Key(int(row), 0, domain, EVALUATION)] for row in rows]
     return Collate(data.dataset.tokens)(items)
+
+
+def placed(batch: Batch, module: nn.Module) -> Batch:
+    """The batch where a module's parameters are, its floating-point inputs in their type (half under ``*-true``)."""
+    first = next(module.parameters())
+    batch = batch.to(first.device)
+    inputs = {k: v.to(first.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+    return replace(batch, inputs=inputs)

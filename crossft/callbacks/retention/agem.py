@@ -14,7 +14,7 @@ from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.base import MethodCallback, method_seed
 from crossft.callbacks.retention.rehearsal import Keep, check_memory, chosen_rows, rows_of
 from crossft.callbacks.retention.sharding import refuse_sharded
-from crossft.data.passes import batch_of
+from crossft.data.passes import batch_of, placed
 from crossft.errors import ConfigError
 from crossft.functional.modes import evaluating
 from crossft.functional.projection import project_off
@@ -78,8 +78,8 @@ class ReferenceGradient(GradientProjection):
         total = [torch.zeros_like(p) for p in parameters]
         with evaluating(task), torch.enable_grad():
             for number in sorted({number for number, _ in mine}):
-                batch = batch_of(self._data[0], [row for n, row in mine if n == number], number).to(task.device)
-                loss = task.model_step(batch).per_sample_loss.sum() / self.batch_size
+                batch = batch_of(self._data[0], [row for n, row in mine if n == number], number)
+                loss = task.model_step(placed(batch, task.backbone)).per_sample_loss.sum() / self.batch_size
                 for t, g in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                     if g is not None:
                         t += g

@@ -13,7 +13,7 @@ from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.retention.rows import ids_of, refuse_absent
 from crossft.callbacks.retention.teacher import Teacher, TeacherTerm
-from crossft.data.passes import one_pass, training_rows
+from crossft.data.passes import one_pass, placed, training_rows
 from crossft.errors import ConfigError
 from crossft.functional.modes import evaluating
 from crossft.functional.precision import upcast
@@ -123,7 +123,7 @@ class DELTA(MethodCallback):
         data: Any = task.trainer.datamodule  # type: ignore[attr-defined]
         rows = training_rows(data, "target", labeled=self.attention == "exact", limit=1)
         with evaluating(task), torch.no_grad():
-            batch = next(one_pass(data, rows)).to(next(task.backbone.parameters()).device)
+            batch = placed(next(one_pass(data, rows)), task.backbone)
             set_domains(task.backbone, batch.domains)
             shown = task.backbone(batch.inputs, capture=stages).stages
             for name in stages if self.attention == "exact" else ():
@@ -139,7 +139,7 @@ class DELTA(MethodCallback):
         assert isinstance(term, ChannelDistance)
         if self.attention == "exact" and not bool(term.ready):
             rows = training_rows(trainer.datamodule, "target", labeled=True, limit=self.samples)  # type: ignore[attr-defined]
-            batches = [b.to(pl_module.device) for b in one_pass(trainer.datamodule, rows)]  # type: ignore[attr-defined]
+            batches = [placed(b, pl_module.backbone) for b in one_pass(trainer.datamodule, rows)]  # type: ignore[attr-defined]
             for i, name in enumerate(term.needs_stages):
                 buffer = term.get_buffer(f"attention_{i}")
                 buffer.copy_(channel_attention(pl_module, batches, name, len(buffer)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from crossft.backbones.batchnorm import set_domains
-from crossft.data.passes import one_pass, training_rows
+from crossft.data.passes import one_pass, placed, training_rows
 from crossft.errors import CheckpointError, ConfigError
 from crossft.functional.importance import FisherLabels, check_labels, fisher_cotangents, mas_cotangents
 from crossft.functional.modes import evaluating
@@ -215,7 +215,7 @@ class Measure:
         own = {f"backbone.{n}": p for n, p in named.items()}
         powers = GradientPowers(model, own, power=2 if self.kind == "fisher" else 1)
         seen = 0
-        for batch in self._chunks(one_pass(data, {number: rows}, self.chunk), task.device):
+        for batch in self._chunks(one_pass(data, {number: rows}, self.chunk), task.backbone):
             logits = powers.outputs(batch.inputs)
             powers.add(dict(batch.inputs), self._cotangents(logits, batch, domain.kind))
             seen += len(batch)
@@ -224,10 +224,10 @@ class Measure:
             totals[name] += powers.sums[f"backbone.{name}"]
         return seen
 
-    def _chunks(self, batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-        """The batches without padding rows, on the device; empty ones are left out."""
+    def _chunks(self, batches: Iterator[Batch], backbone: nn.Module) -> Iterator[Batch]:
+        """The batches without padding rows, where the backbone is; empty ones are left out."""
         for batch in batches:
-            batch = batch.to(device)
+            batch = placed(batch, backbone)
             keep = batch.domains >= 0
             if bool(keep.all()):
                 yield batch

@@ -27,7 +27,8 @@ class QuadraticPenalty(WeightPenalty):
     """weight/2 * sum of F_i (w_i - w_i^0)^2, outside the autograd graph, once an optimizer step.
 
     Anchors are the weights at construction, importance is zero until ``fill``. Both are constants: stored once a run.
-    Memory: anchors in the weights' dtype, importance in float32, and nothing a step.
+    Memory: anchors in the weights' dtype, importance in float32 (both in half under ``trainer.precision=*-true``, which
+    converts every tensor of the task), and nothing a step.
 
     Args:
         parameters: by name within the backbone.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from crossft.data.memory import Memory
-from crossft.data.passes import one_pass, training_rows
+from crossft.data.passes import one_pass, placed, training_rows
 from crossft.errors import ConfigError
 from crossft.functional.memory import balanced, herding, reservoir
 from crossft.functional.modes import evaluating
@@ -87,12 +87,11 @@ def seen_by(task: Task, data: Any, rows: Rows, read: Callable[[Batch], Tensor]) 
         rows: dataset rows by domain id.
         read: from a batch to one value a row.
     """
-    device = task.device
-    task.to(device)
+    task.to(task.device)
     found: dict[int, Tensor] = {}
     with evaluating(task):
         for batch in one_pass(data, rows):
-            batch = batch.to(device)
+            batch = placed(batch, task.backbone)
             values = read(batch).float().cpu()
             for i, key in enumerate(batch.keys):
                 if key.domain >= 0:
