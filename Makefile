@@ -12,8 +12,8 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make install   create $(VENV) and install crossft with everything that demo, test and check need"
-	@echo "make demo      a few methods on two embedded domains: a table, a picture, a page (5 minutes on 2 cores)"
-	@echo "make test      the test suite (2 processes, under 15 minutes)"
+	@echo "make demo      a few methods on two embedded domains: a table, a picture, a page"
+	@echo "make test      the test suite, in 2 processes, without the soak runs"
 	@echo "make check     format, lint, types, architecture"
 	@echo "make soak      the long reliability runs"
 
