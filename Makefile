@@ -54,7 +54,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not soak"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak"
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout 0
