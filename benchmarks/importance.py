@@ -68,7 +68,7 @@ def at_once(model: Scored, rows: Rows, count: int) -> list[Tensor]:
     powers.slow = frozenset()
     for start in range(0, count, CHUNK):
         part = {k: v[start : start + CHUNK] for k, v in rows.items()}
-        powers.add(part, fisher_cotangents(powers.outputs(part), labels="argmax"))
+        powers.add(part, lambda z: fisher_cotangents(z, labels="argmax"))
     return list(powers.sums.values())
 
 
@@ -155,7 +155,7 @@ def main() -> int:
     extra = [overhead(name, model, rows, args.pairs) for name, (model, rows) in cases.items()]
     holds = min(speed) >= 1.0 and max(extra) <= MAX_OVERHEAD
     print(
-        f"\nbounds (at least {MIN_SPEEDUP:.0f} times; at most {MAX_OVERHEAD:.0%}): {'hold' if holds else 'do not hold'}"
+        f"\nbounds (at least {MIN_SPEEDUP:.0f} times or 0.6 of the limit; at most {MAX_OVERHEAD:.0%}): {'hold' if holds else 'do not hold'}"
     )
     return 0 if holds else 1
 

@@ -5,7 +5,7 @@ Squaring the gradient of a batch's mean would shrink it by about the batch size,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -62,23 +62,25 @@ class GradientPowers:
         out: Tensor = self.model(rows)
         return out
 
-    def add(self, rows: Rows, cotangents: Tensor) -> None:
+    def add(self, rows: Rows, pull: Callable[[Tensor], Tensor]) -> None:
         """Add the rows' contribution.
 
         Args:
             rows: inputs with b rows each.
-            cotangents: [r, b, k], the c_r of each row.
+            pull: from the outputs [b, k], detached, to what is pulled back from them: the c_r of each row, [r, b, k].
         """
-        b = cotangents.shape[1]
-        if self.slow is None and b < 2:
-            self._collect(self._one_by_one(rows, cotangents, self.parameters))
-            return
+        b = len(next(iter(rows.values())))
         if self.slow is None:
+            cotangents = pull(self.outputs(rows))
+            if b < 2:
+                self._collect(self._one_by_one(rows, cotangents, self.parameters))
+                return
             self.slow = self._audit({k: v[:2] for k, v in rows.items()}, cotangents[:, :2])
-        fast = set(self.parameters) - self.slow
-        if fast:
-            found = self._closed_forms(rows, cotangents)
-            self._collect({n: found[n] for n in fast})
+        if len(self.slow) < len(self.parameters):
+            found, cotangents = self._closed_forms(rows, pull)
+            self._collect({n: v for n, v in found.items() if n not in self.slow})
+        else:
+            cotangents = pull(self.outputs(rows))
         if self.slow:
             slow = {n: p for n, p in self.parameters.items() if n in self.slow}
             try:
@@ -93,7 +95,7 @@ class GradientPowers:
     def _audit(self, rows: Rows, cotangents: Tensor) -> frozenset[str]:
         """Names of the parameters whose closed form is missing or differs from autograd on these rows."""
         right = self._one_by_one(rows, cotangents, self.parameters, together=True)
-        found = self._closed_forms(rows, cotangents)
+        found, _ = self._closed_forms(rows, lambda _: cotangents)
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
         # A gradient that is 0 but for rounding (a key's bias in attention) says nothing: it may differ by its noise.
         noise = (1e-5 if self.power == 1 else 1e-10) * max(float(v.max()) for v in right.values())
@@ -106,10 +108,12 @@ class GradientPowers:
 
     # -- closed forms ------------------------------------------------------------------------------------------
 
-    def _closed_forms(self, rows: Rows, cotangents: Tensor) -> dict[str, Tensor]:
+    def _closed_forms(self, rows: Rows, pull: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums by name for the layers that have closed forms, and what was pulled back."""
         tape: Tape = []
-        with torch.enable_grad(), _recording(self.model, cotangents.shape[1], tape):
+        with torch.enable_grad(), _recording(self.model, len(next(iter(rows.values()))), tape):
             out = self.model(rows)
+        cotangents = pull(out.detach())
         sums: dict[str, Tensor] = {}
         scale = HALF_SCALE if out.dtype == torch.float16 else 1.0
         probes = [probe for _, _, probe, _ in tape]
@@ -119,7 +123,7 @@ class GradientPowers:
                 out, probes, (cotangent * scale).to(out.dtype), retain_graph=keep, allow_unused=True
             )
             self._apply_rules(tape, grads, scale, sums)
-        return sums
+        return sums, cotangents
 
     def _apply_rules(
         self,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,8 +217,7 @@ class Measure:
         powers = GradientPowers(model, own, power=2 if self.kind == "fisher" else 1)
         seen = 0
         for batch in self._chunks(one_pass(data, {number: rows}, self.chunk), task.backbone):
-            logits = powers.outputs(batch.inputs)
-            powers.add(dict(batch.inputs), self._cotangents(logits, batch, domain.kind))
+            powers.add(dict(batch.inputs), partial(self._cotangents, batch=batch, kind=domain.kind))
             seen += len(batch)
         set_domains(task.backbone, None)
         for name in named:
