@@ -155,7 +155,8 @@ def main() -> int:
     extra = [overhead(name, model, rows, args.pairs) for name, (model, rows) in cases.items()]
     holds = min(speed) >= 1.0 and max(extra) <= MAX_OVERHEAD
     print(
-        f"\nbounds (at least {MIN_SPEEDUP:.0f} times or 0.6 of the limit; at most {MAX_OVERHEAD:.0%}): {'hold' if holds else 'do not hold'}"
+        f"\nbounds (at least {MIN_SPEEDUP:.0f} times or 0.6 of the limit; at most {MAX_OVERHEAD:.0%}): "
+        f"{'hold' if holds else 'do not hold'}"
     )
     return 0 if holds else 1
 
