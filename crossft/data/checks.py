@@ -20,9 +20,9 @@ from torch import Tensor
 
 from crossft.data.splits import MASK
 from crossft.data.table import Table
-from crossft.runs import replacing
+from crossft.runs import cache_folder, replacing
 
-__all__ = ["Seen", "Verify", "cache_folder", "content_of"]
+__all__ = ["Seen", "Verify", "content_of"]
 
 Verify = Literal["full", "changed", "off"]
 SLOW = 2000
@@ -36,11 +36,6 @@ class Seen(NamedTuple):
     mtime: int
     hash: int
     problem: str
-
-
-def cache_folder() -> Path:
-    """Where manifests lie: ``$CROSSFT_CACHE``, else ``~/.cache/crossft``."""
-    return Path(os.environ.get("CROSSFT_CACHE") or Path.home() / ".cache" / "crossft")
 
 
 def content_of(table: Table, place: str, verify: Verify) -> tuple[list[int], dict[int, str]]:
