@@ -12,11 +12,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Ledger, RunLog, load_checkpoint
+from crossft.callbacks.monitoring.oracle import Oracle
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
 from crossft.cli.parser import Settings
 from crossft.cli.progress import ProgressBar, progress
 from crossft.cli.results import final_metrics, finish, primary_of, write_confusions
+from crossft.cli.selection import (
+    checked_select,
+    oracle_folder,
+    oracle_metrics,
+    remove_oracle_files,
+    scores_followed,
+)
 from crossft.cli.weights import load_weights
 from crossft.data import DomainData
 from crossft.errors import ConfigError, Interrupted
@@ -121,7 +129,7 @@ class Leg:
         seed_everything(config.seed_everything, workers=True, verbose=False)
         task = build_task(self.settings, self.data)
         trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
-        select = self._checked_select(task)
+        select = checked_select(config.select.metric, task, self.data)
         methods = build_methods(self.settings)
         before = self._before(task, trained) if config.before else {}
         self._fit(task, methods, select)
@@ -131,6 +139,8 @@ class Leg:
         load_weights(task, chosen)
         after = measure(self.settings, task, self.data, methods=methods)
         metrics = final_metrics(task.domains, before, after, config.before)
+        if config.select.oracle and self.launch.first:
+            metrics |= oracle_metrics(self.folder, task, self.data, after, select)
         if self.launch.first:
             self.folder.write_summary(
                 metrics=metrics,
@@ -139,6 +149,7 @@ class Leg:
                 primary=primary_of(task.domains),
             )
             write_confusions(self.folder, task.evaluation.confusion_matrices, task.domains)
+            remove_oracle_files(self.folder)
             finish(self.folder)
 
     def _before(self, task: Task, trained: frozenset[str]) -> dict[str, float]:
@@ -165,13 +176,15 @@ class Leg:
             self.wandb = wandb_logger(self.folder, config.wandb, run_id, plain)
         own: dict[str, Any] = dict(self.settings.build("trainer").trainer)
         bar = progress(own["enable_progress_bar"])
+        chosen = [*_listed(own["callbacks"]), *methods]
+        chosen += scores_followed(select, task, self.data, chosen)
+        chosen += [Oracle(oracle_folder(self.folder))] if config.select.oracle else []
         trainer = build_trainer(
             self.settings,
             logger=[RunLog(self.folder.path, first_step), *_listed(self.wandb), *_listed(own["logger"])],
             plugins=[*_listed(own["plugins"]), AtomicCheckpointIO()],
             callbacks=[
-                *_listed(own["callbacks"]),
-                *methods,
+                *chosen,
                 Ledger(self.folder.path),
                 bar,
                 RunIdentity(self.folder.path, run_id),
@@ -198,31 +211,6 @@ class Leg:
                 f"epoch: {error}. Set it to at most that number, or to a share of an epoch (0.5), or set "
                 "trainer.check_val_every_n_epoch=null to count over epochs"
             ) from error
-
-    def _checked_select(self, task: Task) -> str | None:
-        """The metric that chooses the checkpoint.
-
-        Raises:
-            ConfigError: validation does not measure it.
-        """
-        select: str | None = self.settings.config.select
-        if select is None:
-            return None
-        names = task.evaluation.names
-        labeled = {row["domain"] for row in self.data.describe() if row["val_labels"]}
-        known = [
-            f"{names[d.name]}/val/{metric}"
-            for d, metrics in zip(task.domains, task.evaluation.metrics, strict=True)
-            if d.name in labeled
-            for metric in ["loss", *metrics.keys()]  # type: ignore[operator]
-        ]
-        if select not in known:
-            raise ConfigError(
-                f"select={select!r} is not measured in validation; allowed: {', '.join(known) or 'nothing'}, or null "
-                "for the last checkpoint. A target without validation labels cannot choose a checkpoint "
-                "(data.validation_from_labels=true takes some of its shots for that)"
-            )
-        return select
 
 
 def _listed(value: Any) -> list[Any]:

@@ -81,7 +81,8 @@ def source_settings(settings: Settings) -> Settings:
     overrides = plain.pop("source_leg") or {}
     plain["data"] |= {"target": None, "eval": None, "shots": None, "fraction": None, "target_labels": "all"}
     plain["data"] |= {"validation_from_labels": False, "mix": None, "epoch": "longest", "train_on": "source"}
-    plain |= {"methods": {}, "init": None, "select": None, "arm": "source"}
+    plain |= {"methods": {}, "init": None, "arm": "source"}
+    plain["select"] = {"metric": None, "oracle": False}
     merged = _merged(plain, overrides)
     merged["data"] |= {"target": None, "train_on": "source"}
     merged["run"]["dir"] = None
@@ -132,7 +133,7 @@ class Chain:
         source_data = None
         if self.source is not None:
             source_data = prepared(self.source)
-            self.source.config.select = chosen_by_source(source_data)
+            self.source.config.select.metric = chosen_by_source(source_data)
         data = prepared(self.settings, self._inherited(source_data))
         try:
             plan = self.launch.agree(lambda: self._decide(data, source_data))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CheckpointOptions", "RunOptions", "WandbOptions"]
+__all__ = ["CheckpointOptions", "RunOptions", "SelectOptions", "WandbOptions"]
 
 
 @dataclass
@@ -34,6 +34,21 @@ class CheckpointOptions:
     every_minutes: float | None = 10.0
     every_n_steps: int | None = None
     keep: int = 2
+
+
+@dataclass
+class SelectOptions:
+    """Which checkpoint the run is measured with. ``--select METRIC`` is short for ``--select.metric METRIC``.
+
+    Attributes:
+        metric: validation metric that chooses it: one whose labels the run has (source/val/accuracy), or a score of the
+            target without labels (target/val/infomax; entropy, snd, bnm, dev, iwcv, reverse); null: the last one.
+        oracle: report under ``oracle/`` what a choice by the target's test labels would have given, and the regret.
+            It predicts the target's test rows at each validation; labels are read when the choice is made.
+    """
+
+    metric: str | None = None
+    oracle: bool = False
 
 
 @dataclass

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from crossft.cli.checks import check_run
-from crossft.cli.options import CheckpointOptions, RunOptions, WandbOptions
+from crossft.cli.options import CheckpointOptions, RunOptions, SelectOptions, WandbOptions
 from crossft.cli.safety import check_values, deny_by_default, take_allowed
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError, UnsafeConfigError
@@ -98,7 +98,7 @@ class Settings(LightningCLI):
         else:
             arguments, more = take_allowed(arguments)
             self.allowed += more
-            args = configs_first(arguments)
+            args = [_SELECT.sub("--select.metric", word) for word in configs_first(arguments)]
         deny_by_default(self.allowed)
         super().__init__(
             Task,
@@ -137,11 +137,9 @@ class Settings(LightningCLI):
         parser.add_argument(
             "--before", type=bool, default=True, help="Measure the starting model on the test splits first."
         )
-        parser.add_argument(
-            "--select", type=str | None, default=None, help="Validation metric that chooses the checkpoint; null: last."
-        )
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_class_arguments(RunOptions, "run")
+        parser.add_class_arguments(SelectOptions, "select")
         parser.add_class_arguments(CheckpointOptions, "checkpoints")
         parser.add_class_arguments(WandbOptions, "wandb")
 
@@ -223,6 +221,7 @@ class Settings(LightningCLI):
 
 
 DESCRIPTION = "Config keys and their defaults; --config FILE reads them from YAML, every flag wins over the files."
+_SELECT = re.compile(r"^--select(?=$|=)")
 _CONFIG = re.compile(r"^(--config|-c)(=.*)?$")
 _METHOD = re.compile(r"^--methods\.([^.=]+)(?:=(.*))?$")
 

@@ -12,7 +12,7 @@ from crossft.types import Domain
 __all__ = ["confusion", "domain_metrics"]
 
 
-def domain_metrics(domain: Domain, *, thresholds: int | None = None) -> MetricCollection:
+def domain_metrics(domain: Domain, *, thresholds: int | None = None, sync: bool = True) -> MetricCollection:
     """The scalar metrics of a domain, under unprefixed names.
 
     ``update(preds, targets)`` wants only rows that count: the caller masks padding and unlabeled rows; a batch of no
@@ -39,6 +39,7 @@ def domain_metrics(domain: Domain, *, thresholds: int | None = None) -> MetricCo
         domain: its kind and label names decide; its name stands in errors.
         thresholds: None keeps all probabilities for ``auroc`` and ``average_precision``, which is exact and takes
             4 k bytes a row; a number (say 1000) bins them, in constant memory.
+        sync: join all processes in ``compute()``; False computes from this process's rows alone.
 
     Raises:
         ConfigError: the domain has no labels, or ``thresholds`` is below 2.
@@ -50,17 +51,22 @@ def domain_metrics(domain: Domain, *, thresholds: int | None = None) -> MetricCo
         >>> metrics.compute()["accuracy"]
         tensor(0.5000)
     """
+    own = {"sync_on_compute": sync}
     if domain.kind == "regression":
-        names = ("mse", "mae", "r2", "pearson", "spearman")
-        return MetricCollection({n: Regression(domain, getattr(scores, n)) for n in names}, compute_groups=[[*names]])
+        values = ("mse", "mae", "r2", "pearson", "spearman")
+        of_values: dict[str, Metric | MetricCollection] = {
+            n: Regression(domain, getattr(scores, n), **own) for n in values
+        }
+        return MetricCollection(of_values, compute_groups=[[*values]])
     _need_labels(domain)
     prefix = "multilabel_" if domain.kind == "multilabel" else ""
-    decided = {n: Confusion(domain, getattr(scores, prefix + n)) for n in ("accuracy", "balanced_accuracy", "macro_f1")}
-    ranked = {n: Ranking(domain, getattr(scores, n), thresholds) for n in ("auroc", "average_precision")}
+    names = ("accuracy", "balanced_accuracy", "macro_f1")
+    decided = {n: Confusion(domain, getattr(scores, prefix + n), **own) for n in names}
+    ranked = {n: Ranking(domain, getattr(scores, n), thresholds, **own) for n in ("auroc", "average_precision")}
     metrics: dict[str, Metric | MetricCollection] = {
         **decided,
         **ranked,
-        "calibration_error": Calibration(domain, scores.calibration_error),
+        "calibration_error": Calibration(domain, scores.calibration_error, **own),
     }
     return MetricCollection(metrics, compute_groups=[[*decided], [*ranked], ["calibration_error"]])
 

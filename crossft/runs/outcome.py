@@ -6,13 +6,13 @@ import math
 
 __all__ = ["gain", "higher_is_better", "retention"]
 
-_ERRORS = frozenset({"mse", "mae", "calibration_error", "loss"})
+_ERRORS = frozenset({"mse", "mae", "calibration_error", "loss", "entropy", "dev", "iwcv", "regret"})
 
 
 def higher_is_better(name: str) -> bool:
     """Whether a larger value of the metric is a better one; ``name`` may be a full key (``target/test/mse``)."""
     parts = [part for part in name.split("/") if part != "before"]
-    return not parts or parts[-1] not in _ERRORS
+    return not parts or (parts[-1] not in _ERRORS and "regret" not in parts)
 
 
 def retention(before: float | None, after: float | None, higher_is_better: bool = True) -> float | None:

@@ -223,19 +223,20 @@ class Task(LightningModule):
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the metrics of the loader's domain."""
-        self._evaluate("val", batch, dataloader_idx)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Update the metrics of the loader's domain; callbacks read the step that is returned."""
+        return self._evaluate("val", batch, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the metrics of the loader's domain."""
         self._evaluate("test", batch, dataloader_idx)
 
-    def _evaluate(self, split: Literal["val", "test"], batch: Batch, dataloader_idx: int) -> None:
+    def _evaluate(self, split: Literal["val", "test"], batch: Batch, dataloader_idx: int) -> StepOutput:
         name = self.trainer.datamodule.eval_domains(split)[dataloader_idx]  # type: ignore[attr-defined]
         step = self.model_step(batch)
         key = self.head_keys[name]
         self.evaluation.update(name, self.predictions(step.logits[key], self._spaces[key]), step)
+        return step
 
     def on_validation_epoch_start(self) -> None:
         """Start the metrics afresh."""

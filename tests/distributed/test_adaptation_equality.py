@@ -63,6 +63,15 @@ def test_the_method_does_change_the_weights(results: Results, name: str) -> None
     assert (one[f"{name}/1"] - one[f"none-{ALL[name].sources}/1"]).abs().max() > 1e-5
 
 
+def test_scores_without_labels_are_those_of_all_rows(results: Results) -> None:
+    """From features that differ by rounding, so not to the bit; 2 x 9 rows and a remainder on two processes."""
+    one, two = results["1-0"], results["2-0"]
+    keys = [k for k in one if k.startswith("scores/")]
+    assert len(keys) == 7
+    for key in keys:
+        assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-4, abs=1e-5), key
+
+
 def test_the_gather_has_the_gradients_of_one_process(results: Results) -> None:
     one, two = results["1-0"], results["2-0"]
     keys = [k for k in one if k.startswith("gather/")]

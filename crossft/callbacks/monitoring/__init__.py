@@ -6,6 +6,7 @@ from crossft.callbacks.monitoring.checkpoints import Checkpoints
 from crossft.callbacks.monitoring.ledger import Ledger, ledger_rows
 from crossft.callbacks.monitoring.rate_range import RateRange
 from crossft.callbacks.monitoring.run_log import RunLog
+from crossft.callbacks.monitoring.scores import Scores
 
 __all__ = [
     "Anchors",
@@ -14,6 +15,7 @@ __all__ = [
     "Ledger",
     "RateRange",
     "RunLog",
+    "Scores",
     "latest_valid",
     "ledger_rows",
     "load_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
@@ -155,7 +156,8 @@ class Checkpoints(Checkpoint):
             if not known:
                 return None  # no validation has run yet: check_val_every_n_epoch, or a fit shorter than an epoch
             raise ConfigError(f"select={self.monitor!r} was not measured; validation gives {', '.join(known)}")
-        return float(trainer.callback_metrics[self.monitor])
+        score = float(trainer.callback_metrics[self.monitor])
+        return score if math.isfinite(score) else None  # undefined, so it chooses nothing
 
     def _prune(self, trainer: Trainer) -> None:
         files = sorted(self.folder.checkpoints.glob("step-*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
