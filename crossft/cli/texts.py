@@ -7,6 +7,7 @@ COMMANDS = {
     "resume": ("legs", "continue a run from its folder, to the same bits"),
     "test": ("evaluate", "measure a run's model on the test splits"),
     "validate": ("evaluate", "measure a run's model on the validation splits"),
+    "baseline": ("baseline", "measure TF-IDF and frozen-feature classifiers on a run's splits, beside the run"),
     "predict": ("predict", "write predictions for files, a folder or a table as CSV or Parquet"),
     "average": ("average", "blend finished models and measure the blends: WiSE-FT, uniform and greedy soups"),
     "export": ("export", "write a run's backbone as a plain timm state or a transformers folder"),
@@ -49,6 +50,13 @@ A run whose source was still being fitted continues there.
 
 Predict files with a run's model: one row an image file, or one row a line of a table, in the order given.
 Columns: input, predicted, and one probability a label (p_LABEL); for regression input and predicted.""",
+    "baseline": """usage: crossft baseline RUN ... [--KEY=VALUE ...]
+
+Measure what needs no fine-tuning on exactly the splits and training labels of finished runs (or of all below a folder):
+tfidf    words and pairs of words, logistic regression (texts)
+frozen   features of the pretrained backbone, as it is before any training, logistic regression
+Prints them beside each run, and writes them into its summary.json as baseline/NAME/DOMAIN/test/METRIC.
+Runs that share data, splits and backbone are measured once.""",
     "average": """usage: crossft average RUN [--alpha 0,0.5,1] [FLAGS]
        crossft average RUN RUN ... [--greedy METRIC] [FLAGS]
 FLAGS: [--reestimate source|target] [--output FILE.csv] [--save FILE.ckpt]

@@ -165,7 +165,7 @@ def arm_table(
 ) -> ArmTable:
     """The table of one group of comparable runs; see ``compare``. Only finished runs enter a mean."""
     finished = counted(runs)
-    notes = _notes(runs)
+    notes = _notes(runs) + _baselines(runs)
     if len(finished) < (runs["status"] == "finished").sum():
         notes.append("Some arms have several runs of one seed; the newest counts.")
     if baseline is not None and not (finished["arm"] == baseline).any():
@@ -222,6 +222,17 @@ def _notes(runs: pd.DataFrame) -> list[str]:
     if (shared > 1).any():
         return ["Seeds of an arm share their source model: the intervals are conditional on it."]
     return []
+
+
+def _baselines(runs: pd.DataFrame) -> list[str]:
+    """What ``crossft baseline`` has written into the runs' summaries."""
+    keys = [c for c in runs.columns if c.startswith("baseline/") and runs[c].notna().any()]
+    texts = [f"{key.split('/')[2]} {label(key.split('/', 2)[2]).split()[-1]} {runs[key].mean():.3f}" for key in keys]
+    names = {"tfidf": "TF-IDF with logistic regression", "frozen": "logistic regression on frozen features"}
+    by_name: dict[str, list[str]] = {}
+    for key, text in zip(keys, texts):
+        by_name.setdefault(names.get(key.split("/")[1], key.split("/")[1]), []).append(text)
+    return [f"Beside them, {name}: {', '.join(found)}." for name, found in by_name.items()]
 
 
 def _power(cells: dict[tuple[str, str], Cell], baseline: str | None) -> list[str]:
