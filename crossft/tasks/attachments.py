@@ -28,6 +28,7 @@ class Attachments(nn.Module):
         self.penalties = nn.ModuleDict()
         self.projections = nn.ModuleDict()
         self.weights: dict[str, Weight] = {}
+        self.watched: dict[str, Tensor] | None = None  # a dict asks the next step for its parts, weighted, with graph
         self.anchors: Any = None  # where constant tensors go; None keeps them inside the checkpoint
 
     def attach(self, name: str, method: LossTerm | WeightPenalty | GradientProjection, weight: Weight) -> None:
@@ -85,10 +86,14 @@ class Attachments(nn.Module):
     def add_terms(self, loss: Tensor, step: StepOutput, model: HasBackbone) -> tuple[Tensor, dict[str, Tensor]]:
         """Add every term times its weight to the task loss, in name order; return the sum and the raw values."""
         values: dict[str, Tensor] = {}
+        parts = {"task": loss}
         for name, term in self.named_terms():
             value = term(step, model)
-            loss = loss + self.weight(name, step.progress) * value
+            parts[name] = self.weight(name, step.progress) * value
+            loss = loss + parts[name]
             values[name] = value.detach()
+        if self.watched is not None:
+            self.watched = parts
         return loss, values
 
     def project_grads_(self, model: HasBackbone, progress: float) -> None:

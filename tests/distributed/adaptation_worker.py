@@ -11,6 +11,8 @@ from adaptation_cases import CASES, SWAD_CASE, WORLD, data_of, fit
 from tiny import flat
 from torch import nn
 
+from crossft.callbacks.adaptation import CORAL
+from crossft.callbacks.monitoring import Health
 from crossft.callbacks.monitoring.scores import SCORES, Scores
 from crossft.functional import gather_rows, mean_over_processes
 
@@ -49,9 +51,10 @@ def main(root: Path, out: Path) -> None:
             results[f"{name}/{accumulation}/term"] = torch.cat([torch.zeros(1), *kept])
     more = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     data = data_of(root, False, splits=(0.4, 0.4, 0.2))
-    trainer, _ = fit(data, {}, extra=(Scores(),), **more)
-    for key in (f"target/val/{name}" for name in SCORES):
-        results[f"scores/{key}"] = trainer.callback_metrics[key].double()
+    trainer, _ = fit(data, {"coral": CORAL(100.0)}, extra=(Scores(), Health(1, maps=[])), **more)
+    for key, value in trainer.callback_metrics.items():
+        if key.startswith("health/") or key.removeprefix("target/val/") in SCORES:
+            results[f"scores/{key}"] = value.double()
     for sources in (False, True):
         results[f"none-{sources}/1"] = flat(fit(data_of(root, sources), {})[1])
     rank = int(os.environ.get("RANK", "0"))

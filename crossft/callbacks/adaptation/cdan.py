@@ -88,12 +88,12 @@ class ConditionalAdversarial(LossTerm):
         else:
             joint = multilinear(features, g)
         weights = 1.0 + torch.exp(-entropy(logits)) if self.entropy else None
-        loss, right = domain_loss(step, self.discriminator(joint), self.classes, weights)
-        self._last = {"accuracy": right, "strength": right.new_tensor(strength)}
+        loss, state = domain_loss(step, self.discriminator(joint), self.classes, weights)
+        self._last = {**state, "strength": loss.new_tensor(strength)}
         return loss
 
     def logs(self) -> dict[str, Tensor]:
-        """Balanced accuracy of the discriminator (chance: 1 / classes) and lambda."""
+        """Balanced accuracy of the discriminator and against chance, its loss over log k, and lambda."""
         return self._last
 
 

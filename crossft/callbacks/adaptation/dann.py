@@ -53,12 +53,12 @@ class DomainAdversarial(LossTerm):
         strength = adversarial_strength(step.progress, self.gamma)
         value, mask = self.layer.tokens(step) if self.tokens else (self.layer.rows(step), None)
         logits = self.discriminator(reverse_gradient(value, strength))
-        loss, right = domain_loss(step, logits, self.classes, mask=mask)
-        self._last = {"accuracy": right, "strength": right.new_tensor(strength)}
+        loss, state = domain_loss(step, logits, self.classes, mask=mask)
+        self._last = {**state, "strength": loss.new_tensor(strength)}
         return loss
 
     def logs(self) -> dict[str, Tensor]:
-        """Balanced accuracy of the discriminator (chance: 1 / classes) and lambda."""
+        """Balanced accuracy of the discriminator and against chance, its loss over log k, and lambda."""
         return self._last
 
 

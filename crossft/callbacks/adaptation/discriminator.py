@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,8 +50,8 @@ def domain_loss(
     classes: list[Ids],
     weights: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the discriminator, and its accuracy; each class counts the same, whatever its rows.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the discriminator, and how it fares; each class counts the same, whatever its rows.
 
     Args:
         step: the step.
@@ -59,11 +61,13 @@ def domain_loss(
         mask: [b, n] real tokens, or None.
 
     Returns:
-        The mean over classes of the mean cross-entropy of their rows, and the same of the accuracy, detached.
+        The mean over classes of the mean cross-entropy of their rows; and, detached, ``accuracy`` by the same mean,
+        ``above_chance`` (accuracy - 1/k) and ``loss_share``: the cross-entropy without weights over log k, 1 where
+        it cannot tell the classes apart.
     """
     logits = upcast(logits)
     loss = logits.sum() * 0.0
-    right = loss.detach()
+    right = plain = loss.detach()
     for index, ids in enumerate(classes):
         labels = torch.full(logits.shape[:-1], index, device=logits.device)
         losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
@@ -72,7 +76,9 @@ def domain_loss(
             losses, hits = _over_tokens(losses, mask), _over_tokens(hits, mask)
         loss = loss + step.mean(losses if weights is None else weights * losses, ids) / len(classes)
         right = right + step.mean(hits, ids) / len(classes)
-    return loss, right
+        plain = plain + step.mean(losses.detach(), ids) / len(classes)
+    k = max(2, len(classes))
+    return loss, {"accuracy": right, "above_chance": right - 1 / k, "loss_share": plain / math.log(k)}
 
 
 def _over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
