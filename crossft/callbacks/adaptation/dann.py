@@ -43,7 +43,6 @@ class DomainAdversarial(LossTerm):
         self.classes, self.gamma, self.tokens = classes, gamma, tokens
         self.layer = layer or Layer("features")
         self.needs_stages = self.layer.stage
-        self.needs_tokens = tokens and not self.layer.stage
         self.needs_tokens = tokens and not self.needs_stages
         self.discriminator = discriminator(num_features, hidden, len(classes))
         self._last: dict[str, Tensor] = {}
