@@ -41,7 +41,8 @@ class Arm:
 def expand(sweep: SweepFile) -> list[Arm]:
     """Write out every arm: named arms and arms made of methods, each with every combination of the parameters.
 
-    A parameter of a method that an arm switches off is left out, and of equal arms one is kept.
+    A parameter of a method that an arm switches off is left out, and of equal arms one is kept. A grid over sources and
+    targets has no run from a domain to itself.
 
     Raises:
         ConfigError: two named arms are equal, a name is unknown, or the sweep has no arm.
@@ -53,6 +54,8 @@ def expand(sweep: SweepFile) -> list[Arm]:
         parameters = [p for p in sweep.parameters if p.arms is None or name in p.arms]
         for values in _combinations(sweep, parameters):
             merged = _without_switched_off({**sweep.fixed, **overrides, **values}, sweep.added)
+            if merged.get("data.source") and merged["data.source"] == merged.get("data.target"):
+                continue  # of a grid over sources and targets, the pairs
             shown = {key: value for key, value in values.items() if key in merged and key not in DOMAINS}
             parts = [] if len(named) == 1 and shown and not sweep.arms else [name]
             arm = Arm(",".join([*parts, *_short(shown, parameters)]), merged)

@@ -230,3 +230,13 @@ def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
 def test_flags_that_are_none_are_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError):
         flags_of(words)
+
+
+def test_a_grid_over_sources_and_targets_has_no_run_from_a_domain_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("methods: {}\n")
+    values = "{values: [books, dvd, kitchen]}"
+    text = f"config: base.yaml\nparameters: {{data.source: {values}, data.target: {values}}}\narms: {{plain: {{}}}}\n"
+    (tmp_path / "s.yaml").write_text(text)
+    pairs = [(a.overrides["data.source"], a.overrides["data.target"]) for a in expand(read_sweep(tmp_path / "s.yaml"))]
+    assert len(pairs) == 6
+    assert all(source != target for source, target in pairs)
