@@ -60,6 +60,7 @@ def final_table(summary: Mapping[str, Any], *, every: bool = False) -> Table:
     title += f", seed {summary['seed']}" if summary.get("seed") is not None else ""
     chosen = summary.get("selected_by")
     caption = f"checkpoint selected by {chosen}" if chosen else "the last checkpoint; gain: more is better"
+    caption += "".join(f"\n{line}" for line in _oracle(summary["metrics"]))
     table = Table(title=Text(title), caption=Text(caption), box=SIMPLE_HEAD)
     names = {k: "+".join(v) for k, v in (summary.get("domains") or {}).items()}
     for head in ("domain", "metric", "before", "after", "gain", "retention"):
@@ -69,6 +70,17 @@ def final_table(summary: Mapping[str, Any], *, every: bool = False) -> Table:
         numbers = [_number(before), _number(after), _number(gained, sign=True), _number(kept)]
         table.add_row(Text(domain), label(name), *numbers)
     return table
+
+
+def _oracle(metrics: Mapping[str, Any]) -> list[str]:
+    """What a choice of the checkpoint by the targets' labels would have given, where a run reports it."""
+    lines = []
+    for key, best in metrics.items():
+        parts = key.split("/")
+        if parts[0] == "oracle" and parts[2] == "test" and best is not None:
+            regret = _number(metrics.get(f"oracle/{parts[1]}/regret"))
+            lines.append(f"chosen by its labels, {parts[1]} would have {parts[3]} {best:.3f}: a regret of {regret}")
+    return lines
 
 
 def _number(value: float | None, sign: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from rich.console import Console
 from tiny import TinyVision
 
 from crossft.callbacks.monitoring import Scores, load_checkpoint
 from crossft.cli.parser import Settings
 from crossft.cli.selection import scores_followed
 from crossft.data import DomainData
+from crossft.reports.final import final_table
 from crossft.runs import RunFolder, read_metrics
 from crossft.tasks import Classification
 
@@ -60,6 +63,9 @@ def test_the_oracle_stands_apart_and_gives_the_regret(chosen: RunFolder) -> None
     assert scores[step] == pytest.approx(after), "what was recorded is not what the final test measured"
     assert metrics["oracle/target/test/accuracy"] == pytest.approx(max(scores.values()))
     assert metrics["oracle/target/regret"] == pytest.approx(max(scores.values()) - after)
+    printed = Console(width=200, record=True, file=io.StringIO())
+    printed.print(final_table(chosen.summary()))
+    assert f"a regret of {metrics['oracle/target/regret']:.3f}" in printed.export_text()
     losses = logged(chosen, "source/val/loss")
     by_loss = scores[min(losses, key=losses.__getitem__)]
     assert metrics["oracle/target/regret/source/val/loss"] == pytest.approx(max(scores.values()) - by_loss)

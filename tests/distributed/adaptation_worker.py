@@ -51,8 +51,10 @@ def main(root: Path, out: Path) -> None:
             results[f"{name}/{accumulation}/term"] = torch.cat([torch.zeros(1), *kept])
     more = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     data = data_of(root, False, splits=(0.4, 0.4, 0.2))
-    trainer, _ = fit(data, {"coral": CORAL(100.0)}, extra=(Scores(), Health(1, maps=[])), **more)
-    for key, value in trainer.callback_metrics.items():
+    health = Health(1, maps=[])
+    trainer, _ = fit(data, {"coral": CORAL(100.0)}, extra=(Scores(), health), **more)
+    gradients = {key: torch.tensor(value) for key, value in health.gradients.items()}
+    for key, value in {**trainer.callback_metrics, **gradients}.items():
         if key.startswith("health/") or key.removeprefix("target/val/") in SCORES:
             results[f"scores/{key}"] = value.double()
     for sources in (False, True):

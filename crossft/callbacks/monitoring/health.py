@@ -27,8 +27,9 @@ from crossft.tasks import Task
 
 __all__ = ["VOTES", "Health", "gradient_norms"]
 
-VOTES = ("infomax", "snd", "dev", "reverse")
-"""The label-free scores by which a run is compared with its reference."""
+VOTES = ("infomax", "snd", "reverse")
+"""The label-free scores by which a run is compared with its reference. Not dev and iwcv: where a classifier tells the
+domains apart, their weights vanish, and the risk with them."""
 
 
 class Health(Callback):
@@ -38,15 +39,16 @@ class Health(Callback):
 
     - ``health/a_distance/STAGE``, ``health/mmd/STAGE``: proxy A-distance (0 to 2) and unbiased squared MMD of sources
       and targets, on pooled features of each stage.
-    - ``health/TARGET/marginal_entropy``: entropy of the mean prediction over log k, 1 where all classes are predicted
-      alike; ``health/TARGET/largest_class``: the share of the class predicted most. A warning where the entropy is
-      below half of the source's: the predictions have collapsed.
-    - ``health/TARGET/SCORE`` for infomax, snd, dev and reverse, and ``health/TARGET/negative_transfer``: the share of
-      them that is worse than at the end of the reference run. Above one half there is a warning. It is a vote of scores
-      that are often wrong themselves, so it says where to look, not what is true.
+    - ``health/TARGET/marginal_entropy``: entropy of the shares of the predicted classes over log k, 1 where all are
+      predicted alike; ``health/TARGET/largest_class``: the share of the class predicted most. A warning where the
+      entropy is below half of the source's: the predictions have collapsed. ``health/TARGET/spread``: how far features
+      lie from their mean, over the same for the source; near 0 where the target has become one point.
+    - ``health/TARGET/SCORE`` for infomax, snd and reverse, and ``health/TARGET/negative_transfer``: the share of them
+      that is worse than at the end of the reference run. A warning at the end says which. These scores are often wrong
+      (SND takes predictions that are all alike for dense), so it says where to look, not what is true.
 
-    Every ``every_n_steps`` optimizer steps: ``health/gradient/NAME``, the norm of each loss term's weighted gradient on
-    the backbone over that of the task loss. That is one more backward pass for the task and for each term in such a
+    At every ``every_n_steps``-th optimizer step: ``health/gradient/NAME``, the norm of each loss term's weighted
+    gradient on the backbone over that of the task loss. That is one more backward pass for the task and for each term in such a
     step, on its first micro-batch; weight penalties are not among them. Discriminators log accuracy against chance and
     loss over log k by themselves: ``term/NAME/above_chance``, ``term/NAME/loss_share``.
 
@@ -54,7 +56,7 @@ class Health(Callback):
     as predicted), goes to ``figures/`` of the run folder and to W&B.
 
     Args:
-        every_n_steps: a multiple of ``trainer.log_every_n_steps``; default 5 times that. 0: no gradient norms.
+        every_n_steps: steps from one measurement of gradients to the next; 0: none.
         stages: ``features`` and stages of the backbone. Default: the features, and three stages spread over its depth.
         rows: most validation rows of a domain.
         maps: projections of the pictures, ``pca`` and ``tsne``; an empty list draws none.
@@ -68,7 +70,7 @@ class Health(Callback):
 
     def __init__(
         self,
-        every_n_steps: int | None = None,
+        every_n_steps: int = 50,
         stages: list[str] | None = None,
         rows: int = 256,
         maps: list[Projection] | None = None,
@@ -76,16 +78,17 @@ class Health(Callback):
     ) -> None:
         if rows < 2 * FOLDS:
             raise ConfigError(f"rows={rows} must be at least {2 * FOLDS}: validation rows of each domain")
-        if every_n_steps is not None and every_n_steps < 0:
+        if every_n_steps < 0:
             raise ConfigError(f"every_n_steps={every_n_steps} must be at least 0; 0 measures no gradient norms")
         self.every_n_steps, self.stages, self.rows = every_n_steps, stages, rows
         self.maps: list[Projection] = list(get_args(Projection)) if maps is None else maps
         self.reference, self.name = reference, "health"
-        self._every = 0
+        self.gradients: dict[str, float] = {}
         self._layers: list[Any] = []
         self._votes: dict[str, str] = {}
         self._before: dict[str, float] = {}
         self._warned: set[str] = set()
+        self._verdicts: dict[str, str] = {}
         self._last: dict[str, Inside] = {}
 
     @property
@@ -107,18 +110,11 @@ class Health(Callback):
                 f"methods.{self.name} compares sources and targets that have class labels and {FOLDS} validation rows "
                 "or more; set data.source and data.target, or raise the validation share in data.splits"
             )
-        logged: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._every = 5 * logged if self.every_n_steps is None else self.every_n_steps
-        if logged and self._every % logged:
-            raise ConfigError(
-                f"methods.{self.name}.every_n_steps={self._every} must be a multiple of trainer.log_every_n_steps="
-                f"{logged}: other steps are not logged"
-            )
         self._layers = [layer_of(pl_module, name, allowed=("features",)) for name in self._stages(pl_module)]
         allowed = score_keys(pl_module, data)
         self._votes = {key: name for key, name in allowed.items() if name in VOTES}
         self._before = reference_scores(Path(trainer.default_root_dir), self.reference)
-        self._warned, self._last = set(), {}
+        self._warned, self._last, self.gradients = set(), {}, {}
 
     def _stages(self, task: Task) -> Sequence[str]:
         if self.stages is not None:
@@ -133,20 +129,21 @@ class Health(Callback):
         """Ask the step for its parts, where it is due."""
         assert isinstance(pl_module, Task)
         first = batch_idx % trainer.accumulate_grad_batches == 0
-        due = self._every and (trainer.global_step + 1) % self._every == 0
+        due = self.every_n_steps and (trainer.global_step + 1) % self.every_n_steps == 0
         if first and due and pl_module.attachments.named_terms():
             pl_module.attachments.watched = {}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Measure the gradient of each part."""
+        """Measure the gradient of each part, and log it for this step alone: by itself, Lightning would repeat it."""
         assert isinstance(pl_module, Task)
         parts, pl_module.attachments.watched = pl_module.attachments.watched, None
         if not parts:
             return
         norms = gradient_norms(parts, [p for p in pl_module.backbone.parameters() if p.requires_grad])
         task = norms.pop("task").clamp(min=1e-12)
-        found = {f"health/gradient/{name}": norm / task for name, norm in norms.items()}
-        pl_module.log_dict(found, batch_size=1, sync_dist=trainer.world_size > 1)
+        self.gradients = {f"health/gradient/{name}": float(norm / task) for name, norm in norms.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.gradients, step=trainer.global_step)
 
     # -- validation ------------------------------------------------------------------------------------------------
 
@@ -192,6 +189,7 @@ class Health(Callback):
             prefix = f"health/{task.evaluation.names[inside.domain.name]}"
             found[f"{prefix}/marginal_entropy"] = inside.marginal_entropy
             found[f"{prefix}/largest_class"] = inside.largest_class
+            found[f"{prefix}/spread"] = inside.spread / max(1e-12, max(i.spread for i in self._of("source")))
             if inside.marginal_entropy < 0.5 * usual:
                 self._warn(
                     f"collapse of {inside.domain.name}",
@@ -211,14 +209,27 @@ class Health(Callback):
             for score in sorted(mine):
                 if source is not None or not SCORES[score].needs_source:
                     found[f"health/{name}/{score}"] = SCORES[score].compute(inside.seen, source)
-            worse = [
-                (value < self._before[key]) == higher_is_better(key)
-                for key, value in found.items()
-                if key.startswith(f"health/{name}/") and key in self._before and value != self._before[key]
-            ]
-            if worse:
-                found[f"health/{name}/negative_transfer"] = float(np.mean(worse))
+            if known := [score for score in sorted(mine) if f"health/{name}/{score}" in self._before]:
+                worse = [score for score in known if self._worse(f"health/{name}/{score}", found)]
+                found[f"health/{name}/negative_transfer"] = len(worse) / len(known)
+                self._verdicts[name] = self._verdict(name, found, worse, known)
         return found
+
+    def _worse(self, key: str, found: dict[str, float]) -> bool:
+        value, before = found[key], self._before[key]
+        return value < before if higher_is_better(key) else value > before
+
+    def _verdict(self, name: str, found: dict[str, float], worse: Sequence[str], known: Sequence[str]) -> str:
+        """What to warn of at the end, or nothing."""
+        if not worse:
+            return ""
+        keys = {score: f"health/{name}/{score}" for score in worse}
+        texts = [f"{score} {found[key]:.3f} (was {self._before[key]:.3f})" for score, key in keys.items()]
+        others = ", ".join(score for score in known if score not in worse) or "none"
+        return (
+            f"without {name} labels, this run looks worse than {self.reference!r} by {', '.join(texts)}; not by: {others}"
+            ". Adapting may do harm here"
+        )
 
     def _warn(self, what: str, text: str) -> None:
         if what not in self._warned:
@@ -230,13 +241,9 @@ class Health(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say whether adapting did harm, as far as scores without labels can tell, and draw the last features."""
         assert isinstance(pl_module, Task)
-        for key, share in trainer.callback_metrics.items():
-            if key.endswith("/negative_transfer") and float(share) > 0.5:
-                self._warn(
-                    key,
-                    f"{float(share):.0%} of the label-free scores are worse than those of the {self.reference!r} run "
-                    f"({key}): adapting may do harm here",
-                )
+        for name, text in self._verdicts.items():
+            if text:
+                self._warn(f"negative transfer to {name}", text)
         if not self._before:
             rank_zero_info(
                 f"methods.{self.name}: no finished {self.reference!r} run with this callback lies beside this one, so "

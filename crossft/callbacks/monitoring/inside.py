@@ -39,21 +39,28 @@ class Inside:
 
     @property
     def marginal(self) -> NDArray[np.float64]:
-        """[k] mean prediction."""
-        logits = self.seen.logits.astype(np.float64)
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        return np.asarray((p / p.sum(1, keepdims=True)).mean(0))
+        """[k] share of the rows that are predicted as each class."""
+        return np.bincount(self.seen.predicted, minlength=self.seen.logits.shape[1]) / len(self.seen)
 
     @property
     def marginal_entropy(self) -> float:
-        """Entropy of the mean prediction over log k."""
+        """Entropy of the shares of the predicted classes over log k.
+
+        Of classes, not of probabilities: where features shrink, every prediction is unsure and the mean probability is
+        even, while one class is largest everywhere.
+        """
         m = self.marginal
         return float(-(m * np.log(m.clip(1e-300))).sum() / np.log(max(2, len(m))))
 
     @property
     def largest_class(self) -> float:
         """Share of the rows of the class that is predicted most."""
-        return float(np.bincount(self.seen.predicted).max() / len(self.seen))
+        return float(self.marginal.max())
+
+    @property
+    def spread(self) -> float:
+        """Root mean square distance of the features from their mean."""
+        return float(np.sqrt(self.seen.features.var(0).sum()))
 
     def class_names(self) -> list[str]:
         """Name of each row's class: as labeled where the domain is a labeled source, else as predicted."""
