@@ -79,7 +79,7 @@ def _oracle(metrics: Mapping[str, Any]) -> list[str]:
         parts = key.split("/")
         if parts[0] == "oracle" and parts[2] == "test" and best is not None:
             regret = _number(metrics.get(f"oracle/{parts[1]}/regret"))
-            lines.append(f"chosen by its labels, {parts[1]} would have {parts[3]} {best:.3f}: a regret of {regret}")
+            lines.append(f"oracle, by {parts[1]} labels: {parts[3]} {best:.3f}, regret {regret}")
     return lines
 
 

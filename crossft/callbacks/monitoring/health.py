@@ -48,9 +48,9 @@ class Health(Callback):
       (SND takes predictions that are all alike for dense), so it says where to look, not what is true.
 
     At every ``every_n_steps``-th optimizer step: ``health/gradient/NAME``, the norm of each loss term's weighted
-    gradient on the backbone over that of the task loss. That is one more backward pass for the task and for each term in such a
-    step, on its first micro-batch; weight penalties are not among them. Discriminators log accuracy against chance and
-    loss over log k by themselves: ``term/NAME/above_chance``, ``term/NAME/loss_share``.
+    gradient on the backbone over that of the task loss. That is one more backward pass for the task and for each term
+    in such a step, on its first micro-batch; weight penalties are not among them. Discriminators log accuracy against
+    chance and loss over log k by themselves: ``term/NAME/above_chance``, ``term/NAME/loss_share``.
 
     Before and after training a picture of the features, by domain and by class (of the source as labeled, of the target
     as predicted), goes to ``figures/`` of the run folder and to W&B.
@@ -227,8 +227,8 @@ class Health(Callback):
         texts = [f"{score} {found[key]:.3f} (was {self._before[key]:.3f})" for score, key in keys.items()]
         others = ", ".join(score for score in known if score not in worse) or "none"
         return (
-            f"without {name} labels, this run looks worse than {self.reference!r} by {', '.join(texts)}; not by: {others}"
-            ". Adapting may do harm here"
+            f"without {name} labels, this run looks worse than {self.reference!r} by {', '.join(texts)}; not by: "
+            f"{others}. Adapting may do harm here"
         )
 
     def _warn(self, what: str, text: str) -> None:
