@@ -1,4 +1,4 @@
-"""``crossft compare RUN...``: reads run folders, imports no torch."""
+"""``crossft compare RUN...``: reads run folders or a W&B project, imports no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from crossft.runs import write_atomic
 
 __all__ = ["run"]
 
+_RUNS = "run folders, or folders that hold some (runs/EXPERIMENT), or a W&B project: wandb:ENTITY/PROJECT"
 _FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 
 
@@ -21,7 +22,7 @@ def run(command: str, arguments: list[str]) -> int:
         "crossft compare",
         description="Put runs side by side: mean over seeds with 95 % intervals, and tests against a baseline.",
     )
-    parser.add_argument("runs", nargs="+", help="run folders, or folders that hold some (runs/EXPERIMENT)")
+    parser.add_argument("runs", nargs="+", help=_RUNS)
     parser.add_argument("--baseline", help="the arm the others are compared with")
     parser.add_argument("--metrics", nargs="+", help="columns, as in summary.json; default: the headline metrics")
     parser.add_argument("--output", type=Path, help="also write the tables: .md, .tex, .csv, or a page: .html")
@@ -36,8 +37,10 @@ def run(command: str, arguments: list[str]) -> int:
     records = read_records(options.runs)
     tables = compare(records, options.baseline, options.metrics)
     tables += overall(records, options.baseline, options.metrics)
+    console = Console(highlight=False)
     for table in tables:
-        Console(highlight=False).print(table.rich())
+        console.print(table.rich())
+        console.print(table.rich_statistics())
     if output is not None:
         if output.suffix == ".html":
             from crossft.reports.page import write_page

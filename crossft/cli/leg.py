@@ -17,7 +17,7 @@ from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
 from crossft.cli.parser import Settings
 from crossft.cli.progress import ProgressBar, progress
-from crossft.cli.results import final_metrics, finish, primary_of, write_confusions
+from crossft.cli.results import final_metrics, finish, primary_of, write_calibrations, write_confusions
 from crossft.cli.selection import (
     checked_select,
     oracle_folder,
@@ -149,6 +149,7 @@ class Leg:
                 primary=primary_of(task.domains),
             )
             write_confusions(self.folder, task.evaluation.confusion_matrices, task.domains)
+            write_calibrations(self.folder, task.evaluation.calibration_bins)
             remove_oracle_files(self.folder)
             finish(self.folder)
 

@@ -1,4 +1,4 @@
-"""What a leg leaves behind: its final metrics, confusion matrices, and pictures."""
+"""What a leg leaves behind: its final metrics, confusion matrices, calibration, and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crossft.runs import RunFolder, gain, higher_is_better, retention, write_ato
 from crossft.tasks.evaluation import display_names
 from crossft.types import Domain
 
-__all__ = ["final_metrics", "finish", "primary_of", "write_confusions"]
+__all__ = ["final_metrics", "finish", "primary_of", "write_calibrations", "write_confusions"]
 
 
 def primary_of(domains: Sequence[Domain]) -> dict[str, str]:
@@ -75,6 +75,27 @@ def write_confusions(folder: RunFolder, matrices: Mapping[str, Tensor], domains:
         for label, row in zip(labels[name], matrix, strict=True):
             writer.writerow([label, *(int(v) for v in row.flatten().tolist())])
         write_atomic(folder.path / "confusion" / f"{name}.csv", text.getvalue())
+
+
+def write_calibrations(folder: RunFolder, bins: Mapping[str, Tensor]) -> None:
+    """Write each domain's reliability as ``calibration/DOMAIN.csv``, one line a bin of the confidence (low, high].
+
+    Columns: ``low``, ``high``, ``rows``, and over these the mean ``confidence`` and ``accuracy``; empty without rows.
+    For multilabel domains a row is one decision on one label, and accuracy is how often the label is true.
+
+    Args:
+        folder: the run folder.
+        bins: by domain, [3, n_bins]: rows, sums of confidences, sums of outcomes.
+    """
+    for name, counted in bins.items():
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["low", "high", "rows", "confidence", "accuracy"])
+        number = counted.shape[1]
+        for place, (rows, confidence, outcome) in enumerate(counted.double().T.tolist()):
+            means = [confidence / rows, outcome / rows] if rows else ["", ""]
+            writer.writerow([place / number, (place + 1) / number, int(rows), *means])
+        write_atomic(folder.path / "calibration" / f"{name}.csv", text.getvalue())
 
 
 def finish(folder: RunFolder) -> None:

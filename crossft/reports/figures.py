@@ -14,12 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from crossft.errors import RunError
-from crossft.reports.records import after_key, domain_keys
-from crossft.reports.stats import Interval, interval
+from crossft.reports.frontier import Tradeoff, tradeoff_of
 from crossft.reports.tables import label
-from crossft.runs import RunFolder, higher_is_better, read_metrics, replacing
+from crossft.runs import RunFolder, read_metrics, replacing
 
-__all__ = ["learning_curves", "pareto_front", "tradeoff"]
+__all__ = ["learning_curves", "tradeoff"]
 
 # Okabe & Ito's palette, told apart with any color vision; each color has its own marker or dash beside it.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
@@ -119,18 +118,11 @@ def _draw(axis: Axes, title: str, curves: dict[str, pd.Series[float]]) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2 if len(curves) < 9 else 3)
 
 
-def pareto_front(x: list[float], y: list[float]) -> list[int]:
-    """Indices of the points that no other beats in one coordinate without losing in the other, by rising x."""
-    points = list(zip(x, y))
-    front = [i for i, (a, b) in enumerate(points) if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in points)]
-    return sorted(front, key=lambda i: points[i])
-
-
 def tradeoff(runs: pd.DataFrame, path: Path | str, *, title: str = "", dark: bool = False) -> Path:
-    """Draw one point an arm: what the source retains (x) against the target after fine-tuning (y).
+    """Draw one point an arm: what the source retains (x) against what the target gains (y).
 
     Both with their 95 % intervals over seeds; the line joins the arms that no other arm beats in both (Pareto). With
-    several sources or targets a run counts with their mean. Where no run knows its retention, x is the source after.
+    several sources or targets a run counts with their mean. Where no run knows these, it is the metric after.
 
     Args:
         runs: finished runs of one experiment, source and target (``crossft.reports.records.groups``).
@@ -144,55 +136,32 @@ def tradeoff(runs: pd.DataFrame, path: Path | str, *, title: str = "", dark: boo
     Raises:
         RunError: no arm has both values.
     """
-    runs = runs[runs["status"] == "finished"]
-    xs, x_label, x_up = _axis(runs, "source", retained=True)
-    ys, y_label, y_up = _axis(runs, "target", retained=False)
-    points: dict[str, tuple[Interval, Interval]] = {}
-    for arm in dict.fromkeys(runs["arm"]):
-        both = (runs["arm"] == arm) & xs.notna() & ys.notna()
-        if both.any():
-            points[arm] = (interval(xs[both].tolist()), interval(ys[both].tolist()))
-    if not points:
+    found = tradeoff_of(runs)
+    if found is None:
         raise RunError("no finished run has both a source and a target metric: there is nothing to draw")
+    points = found.points
     with _style(dark):
         figure = Figure(figsize=(7.6, max(4.6, 0.9 + 0.27 * len(points))), layout="constrained")
         axis = figure.subplots()
-        _scatter(axis, points, (1 if x_up else -1, 1 if y_up else -1), _INK[dark][0])
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(y_label)
+        _scatter(axis, found, _INK[dark][0])
+        axis.set_xlabel(found.x_label)
+        axis.set_ylabel(found.y_label)
         axis.set_title(title, loc="left")
         return _save(figure, Path(path))
 
 
-def _axis(runs: pd.DataFrame, role: str, *, retained: bool) -> tuple[pd.Series[float], str, bool]:
-    """Values a run, the axis label, and whether more is better."""
-    keys = [key for key, found in domain_keys(runs).items() if found == role]
-    kept = [f"{key}/retention" for key in keys if f"{key}/retention" in runs and runs[f"{key}/retention"].notna().any()]
-    columns = kept if retained and kept else [after_key(runs, key) for key in keys]
-    columns = [c for c in columns if c in runs]
-    if not columns:
-        return pd.Series(float("nan"), index=runs.index), role, True
-    many = f" (mean of {len(columns)})" if len(columns) > 1 else ""
-    text = "source retention: after / before" if retained and kept else f"{label(columns[0])} after fine-tuning"
-    return (
-        runs[columns].mean(axis=1, skipna=False),
-        text + many,
-        bool(retained and kept) or higher_is_better(columns[0]),
-    )
-
-
-def _scatter(axis: Axes, points: dict[str, tuple[Interval, Interval]], signs: tuple[int, int], ink: str) -> None:
-    means = [(x.mean, y.mean) for x, y in points.values()]
-    front = pareto_front([signs[0] * x for x, _ in means], [signs[1] * y for _, y in means])
-    axis.plot(*zip(*(means[i] for i in front)), "-", color=ink, alpha=0.45, linewidth=1.2, zorder=1)
-    order = sorted(range(len(means)), key=lambda i: -signs[1] * means[i][1])
+def _scatter(axis: Axes, found: Tradeoff, ink: str) -> None:
+    points, front = found.points, found.front
+    means = {arm: (x.mean, y.mean) for arm, (x, y) in points.items()}
+    axis.plot(*zip(*(means[arm] for arm in front)), "-", color=ink, alpha=0.45, linewidth=1.2, zorder=1)
+    order = sorted(range(len(means)), key=lambda i: (-1 if found.y_up else 1) * list(means.values())[i][1])
     items = list(points.items())
     for i in order:
         arm, (x, y) = items[i]
         marker, color = _MARKERS[(i + i // len(_COLORS)) % len(_MARKERS)], _COLORS[i % len(_COLORS)]
         halves = [None if np.isnan(v.half) else v.half for v in (x, y)]
         axis.errorbar(x.mean, y.mean, halves[1], halves[0], fmt="none", ecolor=color, elinewidth=1.1, capsize=2.5)
-        name = arm + (" *" if i in front else "")
+        name = arm + (" *" if arm in front else "")
         axis.plot(x.mean, y.mean, marker, color=color, markersize=7, markeredgewidth=0, label=name)
     axis.margins(0.06)
     heading = "* no arm is better in both" + ("\n± 95 % over seeds" if any(x.n > 1 for x, _ in points.values()) else "")

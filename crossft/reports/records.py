@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from crossft.errors import CrossftError, RunError
+from crossft.reports.remote import PREFIX, read_project
 from crossft.runs import RunFolder, gain, higher_is_better, retention
 
 __all__ = [
@@ -59,7 +60,7 @@ def _walk(path: Path, depth: int) -> Iterator[Path]:
 
 
 def read_records(paths: Sequence[Path | str]) -> pd.DataFrame:
-    """Read every run below ``paths``: one row a run, in order of path.
+    """Read every run below ``paths``: one row a run, in order of path. A path is a folder, or ``wandb:ENTITY/PROJECT``.
 
     Columns: ``path``, ``run`` (the folder's name), ``experiment``, ``arm``, ``seed``, ``source``, ``target`` (domain
     names, joined by +), ``status`` (``unreadable`` where the summary is), ``error``, ``seconds``, ``config_hash``,
@@ -67,9 +68,12 @@ def read_records(paths: Sequence[Path | str]) -> pd.DataFrame:
     ``summary.json``), then one float column a metric, NaN where a run has none.
 
     Raises:
-        RunError: a path does not exist, or holds no run.
+        RunError: a path does not exist, or holds no run; a project cannot be read.
     """
-    return pd.DataFrame([_record(path) for path in find_runs(paths)])
+    projects = [str(path).removeprefix(PREFIX) for path in paths if str(path).startswith(PREFIX)]
+    folders = [path for path in paths if not str(path).startswith(PREFIX)]
+    rows = [_record(path) for path in find_runs(folders)] if folders or not projects else []
+    return pd.DataFrame(rows + [row for project in projects for row in read_project(project)])
 
 
 def _record(path: Path) -> dict[str, Any]:

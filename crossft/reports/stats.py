@@ -23,6 +23,7 @@ __all__ = [
 
 _EXACT = 12
 _DRAWS = 20_000
+_RESOLUTION = 1e-6
 
 
 class Interval(NamedTuple):
@@ -64,18 +65,22 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(kept.mean()), sd, float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n), n)
 
 
-def permutation_p(differences: Sequence[float]) -> float:
+def permutation_p(differences: Sequence[float], noise: float = 0.0) -> float:
     """Two-sided p of paired differences under random signs (Fisher's test); NaN for none.
 
     Exact over all 2^n signs up to 12 pairs; above, over 20,000 signs drawn from a fixed seed, the observed one
     included (Phipson & Smyth 2010).
+
+    Args:
+        differences: one a pair.
+        noise: sums that lie no further apart count as equal.
     """
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
     if not n:
         return float("nan")
     observed = abs(values.sum())
-    tolerance = 1e-9 * np.abs(values).sum()
+    tolerance = max(1e-9 * float(np.abs(values).sum()), noise)
     if n <= _EXACT:
         signs = np.array(list(itertools.product((1, -1), repeat=n)))
         return float((np.abs(signs @ values) >= observed - tolerance).mean())
@@ -100,15 +105,18 @@ def compare_paired(arm: Mapping[Any, float], baseline: Mapping[Any, float]) -> C
     """Compare an arm with the baseline, paired by seed, or by task and seed; None where nothing is in both.
 
     Args:
-        arm: value by seed, or by task and seed; ``baseline`` the same. NaN counts as missing.
+        arm: value by seed, or by task and seed; ``baseline`` the same. NaN counts as missing. Metrics are computed in
+            32 bits, so differences below 1e-6 of the values count as none, and effect sizes over such are NaN.
     """
-    differences = [arm[s] - baseline[s] for s in arm if s in baseline]
-    differences = [d for d in differences if math.isfinite(d)]
-    if not differences:
+    pairs = [(arm[s], baseline[s]) for s in arm if s in baseline]
+    pairs = [(a, b) for a, b in pairs if math.isfinite(a - b)]
+    if not pairs:
         return None
+    differences = [a - b for a, b in pairs]
+    noise = _RESOLUTION * max(abs(value) for pair in pairs for value in pair)
     found = interval(differences)
-    d_z = found.mean / found.sd if found.n > 1 and found.sd > 0 else float("nan")
-    return Comparison(found, permutation_p(differences), d_z, d_z * hedges_correction(found.n - 1))
+    d_z = found.mean / found.sd if found.n > 1 and found.sd > noise else float("nan")
+    return Comparison(found, permutation_p(differences, len(pairs) * noise), d_z, d_z * hedges_correction(found.n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

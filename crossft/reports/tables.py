@@ -1,15 +1,19 @@
-"""Arms against metrics: mean ± half of the 95 % interval over seeds, marked where it differs from the baseline."""
+"""Arms against metrics: mean ± half of the 95 % interval over seeds, marked where it differs from the baseline.
+
+Beside each such table stand its statistics: standard deviations, differences to the baseline, p values, effect sizes.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,9 +22,16 @@ from crossft.reports.records import groups, headline, leaves, with_baseline
 from crossft.reports.stats import Comparison, Interval, compare_paired, holm, interval, smallest_p
 from crossft.runs import higher_is_better
 
-__all__ = ["ALPHA", "ArmTable", "Cell", "arm_table", "compare", "counted", "label", "run_counts"]
+__all__ = ["ALPHA", "METHODS", "ArmTable", "Cell", "arm_table", "compare", "counted", "label", "run_counts"]
 
 ALPHA = 0.05
+METHODS = (
+    "sd: standard deviation over seeds (n - 1). ±: half of the 95 % Student t interval. difference: arm - baseline, "
+    "paired. p: two-sided paired sign-flip permutation test, exact up to 12 pairs, else 20,000 draws. p Holm: over the "
+    "arms of the metric. d_z: Cohen's d of paired differences; g: d_z with Hedges' correction."
+)
+"""What the columns of the statistics are."""
+_STATISTICS = ("metric", "arm", "mean", "sd", "±", "n", "difference", "±", "pairs", "p", "p Holm", "d_z", "g")
 _CSV: tuple[str, ...] = ("group", "arm", "metric", "mean", "half", "sd", "n")
 _CSV += ("difference", "difference_half", "pairs", "p", "p_holm", "d_z", "g")
 
@@ -74,6 +85,17 @@ class ArmTable:
         """The columns' headings."""
         return ["arm", "runs", *map(label, self.metrics)]
 
+    def statistics(self) -> Iterator[list[str]]:
+        """Yield one row an arm and metric, as text under ``statistics_heads``; see ``METHODS``."""
+        columns = len(self.statistics_heads())
+        for metric in self.metrics:
+            for arm in self.runs:
+                yield [label(metric), arm, *_numbers(self.cells[arm, metric])][:columns]
+
+    def statistics_heads(self) -> list[str]:
+        """The headings of the statistics; without a baseline there are no differences."""
+        return [*_STATISTICS[: 6 if self.baseline is None else None]]
+
     def rich(self) -> Table:
         """For the terminal."""
         notes = Text("\n".join(self.notes))
@@ -87,21 +109,30 @@ class ArmTable:
             table.add_row(*map(Text, row))
         return table
 
+    def rich_statistics(self) -> Group:
+        """The statistics for the terminal, a table a metric."""
+        parts: list[RenderableType] = [Text(f"{self.title}: statistics", style="bold")]
+        for metric in self.metrics:
+            table = Table(title=Text(label(metric)), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            table.add_column("arm", min_width=8, overflow="fold")
+            heads = ("mean", "sd", "n", "difference", "p", "p Holm", "g")
+            for head in heads[: 3 if self.baseline is None else None]:
+                table.add_column(head, justify="right", no_wrap=True)
+            for arm in self.runs:
+                table.add_row(arm, *_brief(self.cells[arm, metric])[: len(table.columns) - 1])
+            parts.append(table)
+        return Group(*parts, Text(METHODS))
+
     def markdown(self) -> str:
-        """As a Markdown table, with the notes below."""
-        heads = self.heads()
-        lines = [heads, [":--", ":--", *["--:"] * len(self.metrics)], *self.rows()]
-        body = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-        return "\n\n".join([f"**{self.title}**", body, *self.notes]) + "\n"
+        """As Markdown tables, the notes below the first and the statistics after them."""
+        first = _markdown(self.heads(), self.rows(), texts=2)
+        second = _markdown(self.statistics_heads(), self.statistics(), texts=2)
+        return "\n\n".join([f"**{self.title}**", first, *self.notes, second, METHODS]) + "\n"
 
     def latex(self) -> str:
-        """As a ``tabular`` that needs ``booktabs``; the marks are + and - superscripts."""
-        lines = [" & ".join(map(_latex, self.heads())) + r" \\ \midrule"]
-        lines += [" & ".join(map(_latex, row)).replace(" $^", "$^") + r" \\" for row in self.rows()]
-        notes = "".join(f"% {note}\n" for note in self.notes)
-        columns = "ll" + "r" * len(self.metrics)
-        body = "\n".join(lines)
-        return f"{notes}\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+        """As two ``tabular`` that need ``booktabs``; the marks are + and - superscripts."""
+        first = _tabular(self.heads(), self.rows(), self.notes)
+        return f"{first}\n{_tabular(self.statistics_heads(), self.statistics(), [METHODS])}"
 
     def csv(self) -> str:
         """One line an arm and metric, at full precision."""
@@ -127,6 +158,47 @@ def _text(cell: Cell, seeds: int) -> str:
     text = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if n > 1 else "")
     text += f" (n={n})" if n != seeds else ""
     return text if cell.better is None else f"{text} {'▲' if cell.better else '▼'}"
+
+
+def _numbers(cell: Cell) -> list[str]:
+    (mean, sd, half, n), c = cell.value, cell.comparison
+    shown = [_number(mean), _number(sd), _number(half), str(n)]
+    if c is None:
+        return shown + [""] * 7
+    difference = [_number(c.difference.mean, "+"), _number(c.difference.half), str(c.difference.n)]
+    return [*shown, *difference, _number(c.p), _number(cell.p_holm), _number(c.d_z, "+"), _number(c.g, "+")]
+
+
+def _brief(cell: Cell) -> list[str]:
+    """The same in fewer columns and digits: mean, sd, n, difference, p, p Holm, g."""
+    (mean, sd, half, n), c = cell.value, cell.comparison
+    shown = [_with_half(mean, half), _number(sd, digits=3), str(n)]
+    if c is None:
+        return shown + [""] * 4
+    difference = _with_half(c.difference.mean, c.difference.half, "+")
+    difference += f" ({c.difference.n} pairs)" if c.difference.n != n else ""
+    return [*shown, difference, _number(c.p), _number(cell.p_holm), _number(c.g, "+", 2)]
+
+
+def _with_half(mean: float, half: float, sign: str = "") -> str:
+    return _number(mean, sign, 3) + ("" if math.isnan(half) else f" ± {_number(half, digits=3)}")
+
+
+def _number(value: float, sign: str = "", digits: int = 4) -> str:
+    return "—" if math.isnan(value) else f"{value:{sign}.{digits if abs(value) < 10 else 1}f}"
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:
+    lines = [heads, [":--"] * texts + ["--:"] * (len(heads) - texts), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _tabular(heads: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str]) -> str:
+    lines = [" & ".join(map(_latex, heads)) + r" \\ \midrule"]
+    lines += [" & ".join(map(_latex, row)).replace(" $^", "$^") + r" \\" for row in rows]
+    top = "".join(f"% {note}\n" for note in notes)
+    columns, body = "ll" + "r" * (len(heads) - 2), "\n".join(lines)
+    return f"{top}\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
 
 
 def _latex(text: str) -> str:
@@ -238,7 +310,8 @@ def _baselines(runs: pd.DataFrame) -> list[str]:
 def _power(cells: dict[tuple[str, str], Cell], baseline: str | None) -> list[str]:
     if baseline is None:
         return []
-    note = f"± is half of the 95 % interval over seeds; ▲ better, ▼ worse than {baseline}, p < {ALPHA} after Holm."
+    note = "± is half of the 95 % Student t interval over seeds; "
+    note += f"▲ better, ▼ worse than {baseline}, p < {ALPHA} after Holm."
     pairs = max((c.comparison.difference.n for c in cells.values() if c.comparison is not None), default=0)
     arms = len({arm for (arm, _), cell in cells.items() if cell.comparison is not None})
     if arms and smallest_p(pairs) * arms >= ALPHA:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from crossft.metrics import confusion, domain_metrics
+from crossft.metrics.states import Calibration
 from crossft.types import Domain, StepOutput
 
 __all__ = ["Evaluation", "display_names"]
@@ -27,7 +28,7 @@ def display_names(domains: Sequence[Domain]) -> dict[str, str]:
 
 
 class Evaluation(nn.Module):
-    """One torchmetrics collection a domain, a mean loss, and the confusion matrix of the last evaluation."""
+    """One torchmetrics collection a domain, a mean loss, and of the last evaluation confusions and calibration bins."""
 
     def __init__(self, domains: Sequence[Domain]) -> None:
         super().__init__()
@@ -41,12 +42,19 @@ class Evaluation(nn.Module):
         self.seen: Tensor
         self.register_buffer("seen", torch.zeros(len(self.domains), 2, dtype=torch.float64), persistent=False)
         self.confusion_matrices: dict[str, Tensor] = {}
+        self.calibration_bins: dict[str, Tensor] = {}
 
     def _metric(self, index: int) -> MetricCollection:
         return cast(MetricCollection, self.metrics[index])
 
     def _confusion(self, name: str) -> Metric:
         return cast(Metric, self.confusions[self._confusion_index[name]])
+
+    def _bins(self, index: int) -> Tensor:
+        """The calibration bins [3, n_bins] of all processes: rows, sums of confidences and of outcomes."""
+        calibration = cast(Calibration, self._metric(index)["calibration_error"])
+        with calibration.sync_context(dist_sync_fn=calibration.dist_sync_fn):
+            return calibration.bins.detach().cpu().clone()
 
     def reset(self) -> None:
         """Forget what was seen."""
@@ -80,4 +88,5 @@ class Evaluation(nn.Module):
                 if name in self._confusion_index:
                     matrix = self._confusion(name).compute()
                     self.confusion_matrices[name] = matrix.cpu()
+                    self.calibration_bins[name] = self._bins(index)
         return logs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,22 @@ def test_confusion_matrix_counts_every_test_row(finished: Path) -> None:
     assert lines[0] == "true,cat,dog"
     counts = sum(int(v) for line in lines[1:] for v in line.split(",")[1:])
     assert counts == len(read_json(finished / "splits.json")["sketch"]["test"])
+
+
+def test_calibration_bins_give_the_calibration_error(finished: Path) -> None:
+    """The file holds what the metric was computed from: the gap of confidence and accuracy, weighted by rows."""
+    for key, name in (("target", "sketch"), ("source", "photo")):
+        rows = list(csv.DictReader((finished / "calibration" / f"{name}.csv").open()))
+        assert [float(r["low"]) for r in rows] == pytest.approx([i / 15 for i in range(15)])
+        full = [r for r in rows if int(r["rows"])]
+        assert all(float(r["low"]) < float(r["confidence"]) <= float(r["high"]) + 1e-6 for r in full)
+        count = sum(int(r["rows"]) for r in rows)
+        assert count == len(read_json(finished / "splits.json")[name]["test"])
+        gap = sum(int(r["rows"]) * abs(float(r["confidence"]) - float(r["accuracy"])) for r in full) / count
+        metrics = RunFolder(finished).summary()["metrics"]
+        assert gap == pytest.approx(metrics[f"{key}/test/calibration_error"], abs=1e-5)
+        right = sum(int(r["rows"]) * float(r["accuracy"]) for r in full) / count
+        assert right == pytest.approx(metrics[f"{key}/test/accuracy"], abs=1e-5)
 
 
 def test_metrics_csv_follows_validation(finished: Path) -> None:

@@ -71,5 +71,6 @@ def test_metrics_do_not_depend_on_the_grid(results: Path) -> None:
     two = json.loads((results / "metrics-2-0.json").read_text())
     reference = one["ragged/1"]
     assert {"source/test/accuracy", "target/test/auroc", "target/test/loss"} <= set(reference)
+    assert sum(key.startswith("bins/") for key in reference) == 2 * 3 * 15  # domains, [rows, confidence, outcome], bins
     for other in (one["ragged/4"], two["ragged/1"], two["ragged/2"]):
         assert other == pytest.approx(reference, abs=1e-5)

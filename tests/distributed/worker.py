@@ -77,6 +77,9 @@ def main(root: Path, out: Path) -> None:
         results[f"ragged/{accumulation}"] = flat(task)
         trainer.test(task, data, verbose=False)
         metrics[f"ragged/{accumulation}"] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        for name, bins in task.evaluation.calibration_bins.items():
+            counted = {f"bins/{name}/{i}": v for i, v in enumerate(bins.flatten().tolist())}
+            metrics[f"ragged/{accumulation}"] |= counted
     rank = int(os.environ.get("RANK", "0"))
     torch.save(results, out / f"results-{WORLD}-{rank}.pt")
     (out / f"metrics-{WORLD}-{rank}.json").write_text(json.dumps(metrics))

@@ -86,6 +86,21 @@ def test_paired_comparison() -> None:
     assert math.isnan(flat.d_z)
 
 
+def test_noise_of_32_bits_is_no_effect_and_breaks_no_tie() -> None:
+    """2 more of 60 rows right is not quite the same difference at every accuracy in 32 bits, and must be a tie."""
+    base = {seed: float(np.float32(value)) for seed, value in enumerate((5 / 60, 14 / 60, 29 / 60, 50 / 60))}
+    arm = {seed: float(np.float32(value)) for seed, value in enumerate((7 / 60, 16 / 60, 31 / 60, 52 / 60))}
+    found = compare_paired(arm, base)
+    assert found is not None
+    assert 0 < found.difference.sd < 1e-6
+    assert math.isnan(found.d_z)
+    assert found.p == 2 / 16
+    mixed = compare_paired({**arm, 4: base[0], 5: arm[1]}, {**base, 4: arm[0], 5: base[1]})
+    exact = permutation_p([2, 2, 2, 2, -2, 2])
+    assert mixed is not None
+    assert mixed.p == exact
+
+
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_interval_covers_the_mean_as_often_as_it_says(n: int) -> None:
     draws = np.random.default_rng(n).normal(0.7, 0.02, size=(2000, n))

@@ -62,12 +62,18 @@ def test_markdown(table: ArmTable) -> None:
 
 
 def test_latex_is_escaped_and_complete(table: ArmTable) -> None:
-    text = table.latex()
+    text, statistics = table.latex().split("\\end{tabular}\n")[:2]
     assert r"better\_one & 8 & 0.800 $\pm$ 0.005$^{+}$ &" in text
     assert text.count(r"\\") == 4
     body = text[text.index(r"\begin") :]
     assert body.isascii()
     assert all(line.count("&") == 5 for line in body.splitlines() if "&" in line)
+    rows = [line for line in statistics.splitlines() if "&" in line and not line.startswith("%")]
+    assert len(rows) == 1 + 3 * 4
+    assert all(line.count("&") == 12 for line in rows)
+    mean, sd, half, n = table.cells["better_one", "target/test/accuracy"].value
+    assert rf"target accuracy & better\_one & {mean:.4f} & {sd:.4f} & {half:.4f} & {n} & +0.1000 &" in statistics
+    assert statistics[statistics.index(r"\begin") :].isascii()
 
 
 def test_csv_is_at_full_precision(table: ArmTable) -> None:
@@ -89,6 +95,36 @@ def test_terminal_table_loses_no_digit(table: ArmTable, width: int) -> None:
     assert "…" not in shown
     assert shown.count("0.010") == 4
     assert len(re.findall(r"▲", shown)) == 2 + 1  # two columns, and the note that explains the mark
+
+
+def test_statistics_say_what_they_are_and_what_the_cells_hold(table: ArmTable) -> None:
+    heads, rows = table.statistics_heads(), list(table.statistics())
+    assert all(len(row) == len(heads) for row in rows)
+    found = dict(zip(heads[6:], next(row for row in rows if row[:2] == ["target accuracy", "better_one"])[6:]))
+    cell = table.cells["better_one", "target/test/accuracy"]
+    assert cell.comparison is not None
+    assert found["p"] == f"{2 / 256:.4f}"
+    assert found["p Holm"] == f"{4 / 256:.4f}"
+    assert found["d_z"] == f"{cell.comparison.d_z:+.1f}" if cell.comparison.d_z >= 10 else f"{cell.comparison.d_z:+.4f}"
+    assert float(found["g"]) < float(found["d_z"])
+    assert next(row for row in rows if row[1] == "base")[6:] == [""] * 7
+    text = table.markdown()
+    for word in ("standard deviation", "Student t", "sign-flip permutation", "Holm", "Cohen's d", "Hedges'"):
+        assert word in text, word
+    console = Console(width=100, file=io.StringIO())
+    console.print(table.rich_statistics())
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert f"{2 / 256:.4f}" in shown
+
+
+def test_statistics_without_a_baseline_have_no_differences(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / "p", "arm", seed, 0.5 + seed / 10)
+    table = compare(read_records([tmp_path]))[0]
+    assert table.statistics_heads() == ["metric", "arm", "mean", "sd", "±", "n"]
+    assert next(table.statistics()) == ["target accuracy", "arm", "0.5500", "0.0707", "0.6353", "2"]
 
 
 def test_few_seeds_are_told_what_they_cannot_show(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Runs of a W&B project as records, through W&B's public API; the same columns as those of run folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from crossft.errors import RunError
+
+__all__ = ["PREFIX", "read_project"]
+
+PREFIX = "wandb:"
+"""What a path to compare starts with where it names a W&B project: ``wandb:ENTITY/PROJECT``."""
+
+_STATUS = {"finished": "finished", "failed": "failed", "crashed": "failed", "killed": "interrupted"}
+_STATUS |= {"preempted": "interrupted", "preempting": "running", "running": "running", "pending": "running"}
+
+
+def read_project(project: str, api: Any = None) -> list[dict[str, Any]]:
+    """Read every run of a project that crossft logged, as ``read_records`` does from folders; no file is fetched.
+
+    The config says experiment, arm, seed and domains, the summary the metrics, under the keys of ``summary.json``.
+    Source legs (they have no target and others start from them) are left out, as W&B does not say which run started
+    from which.
+
+    Args:
+        project: ``ENTITY/PROJECT``.
+        api: a ``wandb.Api``; by default one with the key that ``wandb login`` or ``WANDB_API_KEY`` configured.
+
+    Raises:
+        RunError: the project cannot be read, or holds no run of crossft.
+    """
+    if project.count("/") != 1 or not all(project.split("/")):
+        raise RunError(f"{PREFIX}{project} must name a W&B project, as in {PREFIX}ENTITY/PROJECT")
+    import wandb
+
+    try:
+        api = api or wandb.Api()
+        runs = list(api.runs(project, per_page=200, lazy=False))
+    except Exception as error:  # whatever the service and the network do
+        raise RunError(
+            f"W&B project {project} cannot be read ({error}); check the name, and log in with `wandb login`"
+        ) from error
+    records = [record for record in _records(runs) if record["arm"] != "source" or record["target"]]
+    if not records:
+        raise RunError(f"W&B project {project} has {len(runs)} runs, and none that crossft fit logged")
+    return records
+
+
+def _records(runs: Iterable[Any]) -> Iterable[dict[str, Any]]:
+    for run in runs:
+        config = run.config.get("crossft", run.config)
+        if isinstance(config, Mapping) and "experiment" in config and isinstance(config.get("data"), Mapping):
+            yield _record(run, config)
+
+
+def _record(run: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    roles = ("source", "target", "eval")
+    domains = {role: _names(config["data"].get(role)) for role in roles}
+    summary: Mapping[str, Any] = run.summary_metrics or {}
+    status = _STATUS.get(run.state, "interrupted")
+    record: dict[str, Any] = {
+        "path": run.url,
+        "run": run.name or run.id,
+        "experiment": config["experiment"],
+        "arm": config.get("arm") or run.name,
+        "seed": int(config.get("seed_everything") or 0),
+        "status": status,
+        "seconds": _number(summary.get("_runtime")),
+        "config_hash": None,
+        "parent": config.get("init"),
+        "checkpoint": None,
+        "selected_by": config.get("select"),
+        "source": "+".join(domains["source"]),
+        "target": "+".join(domains["target"]),
+        "error": f"W&B says {run.state}; see {run.url}" if status == "failed" else None,
+        "written": datetime.fromisoformat(run.created_at).timestamp(),
+        "domains": {role: names for role, names in domains.items() if names},
+        "primary": {},
+    }
+    numbers = {key: _number(value) for key, value in summary.items() if "/" in key}
+    return record | {key: value for key, value in numbers.items() if value is not None}
+
+
+def _names(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(name) for name in value] if isinstance(value, list) else [str(value)]
+
+
+def _number(value: Any) -> float | None:
+    """The value where it is a number; W&B writes NaN and infinities as text, and some summaries as mappings."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
