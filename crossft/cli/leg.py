@@ -11,7 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Ledger, RunLog, load_checkpoint
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, FiniteCheck, Ledger, RunLog, load_checkpoint
 from crossft.callbacks.monitoring.oracle import Oracle
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
@@ -187,6 +187,7 @@ class Leg:
             callbacks=[
                 *chosen,
                 Ledger(self.folder.path),
+                FiniteCheck(),
                 bar,
                 RunIdentity(self.folder.path, run_id),
                 Checkpoints(

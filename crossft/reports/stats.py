@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 __all__ = [
     "Comparison",
@@ -62,7 +63,7 @@ def interval(values: Sequence[float]) -> Interval:
     if n < 2:
         return Interval(float(kept[0]) if n else nan, nan, nan, n)
     sd = float(kept.std(ddof=1))
-    return Interval(float(kept.mean()), sd, float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n), n)
+    return Interval(float(kept.mean()), sd, float(special.stdtrit(n - 1, 0.975)) * sd / math.sqrt(n), n)
 
 
 def permutation_p(differences: Sequence[float], noise: float = 0.0) -> float:
@@ -81,11 +82,16 @@ def permutation_p(differences: Sequence[float], noise: float = 0.0) -> float:
         return float("nan")
     observed = abs(values.sum())
     tolerance = max(1e-9 * float(np.abs(values).sum()), noise)
+    extreme = np.abs(_signs(n) @ values) >= observed - tolerance
+    return float(extreme.mean()) if n <= _EXACT else float((extreme.sum() + 1) / (_DRAWS + 1))
+
+
+@cache
+def _signs(n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """All signs of n pairs, [2^n, n], or as many as are drawn for more pairs than 12."""
     if n <= _EXACT:
-        signs = np.array(list(itertools.product((1, -1), repeat=n)))
-        return float((np.abs(signs @ values) >= observed - tolerance).mean())
-    signs = np.random.default_rng(0).choice((1, -1), size=(_DRAWS, n))
-    return float(((np.abs(signs @ values) >= observed - tolerance).sum() + 1) / (_DRAWS + 1))
+        return np.array(list(itertools.product((1.0, -1.0), repeat=n)))
+    return np.random.default_rng(0).choice((1.0, -1.0), size=(_DRAWS, n))
 
 
 def smallest_p(pairs: int) -> float:

@@ -79,3 +79,25 @@ def test_bad_arm_is_refused_by_name_before_any_starts(study: Path, capsys: pytes
     assert "wieght" in error
     assert "arm minus: data.batch_size=-1 must be at least 1" in error
     assert not (study.parent / "bad").exists()
+
+
+def test_diverged_arm_is_in_the_table_as_failed_with_its_reason(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = study.with_name("lost.yaml")
+    content = yaml.safe_load(study.read_text())
+    parameters = {k: v for k, v in content["parameters"].items() if "value" in v}
+    arms = {"good": {}, "lost": {"model.optimizer.lr": 1e30}}
+    file.write_text(yaml.safe_dump({**content, "arms": arms, "parameters": parameters, "seeds": 1, "baseline": "good"}))
+    assert (
+        main(["sweep", "run", str(file), "--slots=1", "--source_leg.model.init_args.optimizer.init_args.lr=0.01"]) == 1
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "failed: lost s0: TrainingError: training diverged: " in printed
+    root = study.parent / "lost"
+    lost, good = (RunFolder(next(root.glob(f"{arm}-s0-*"))) for arm in ("lost", "good"))
+    assert lost.summary()["status"] == "failed"
+    assert "lower the learning rate" in lost.summary()["error"]
+    assert good.summary()["status"] == "finished"
+    assert "| lost | 0, 1 failed | — |" in (root / "comparison.md").read_text()
+    assert "training diverged" in (root / "comparison.html").read_text()

@@ -74,3 +74,10 @@ def test_metrics_do_not_depend_on_the_grid(results: Path) -> None:
     assert sum(key.startswith("bins/") for key in reference) == 2 * 3 * 15  # domains, [rows, confidence, outcome], bins
     for other in (one["ragged/4"], two["ragged/1"], two["ragged/2"]):
         assert other == pytest.approx(reference, abs=1e-5)
+
+
+def test_all_processes_stop_together_where_one_diverges(results: Path) -> None:
+    for name in ("1-0", "2-0", "2-1"):
+        said = (results / f"diverged-{name}.txt").read_text()
+        assert "training diverged" in said, name
+        assert "now at step 2" in said, name

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import TinyVision, flat
 
 from crossft.callbacks.adaptation import DANN
+from crossft.callbacks.monitoring import FiniteCheck
 from crossft.callbacks.retention import L2SP
 from crossft.data import DomainData
+from crossft.errors import TrainingError
 from crossft.tasks import Classification
 
 METHODS = {
@@ -23,6 +25,25 @@ METHODS = {
     "dann": lambda: [DANN(weight=1.0, hidden=8)],
     "both": lambda: [DANN(weight=1.0, hidden=8), L2SP(weight=0.5)],
 }
+
+
+class Poison(Callback):
+    """Spoils one weight of the last process before the second optimizer step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == WORLD - 1:
+            next(pl_module.heads.parameters()).data.flatten()[0] = float("nan")
+
+
+def diverged(data: DomainData) -> str:
+    """How a fit ends whose weight is spoiled: what the check says, which every process must say."""
+    try:
+        fit(data, [Poison(), FiniteCheck()], 1, 6)
+    except TrainingError as error:
+        return str(error)
+    return "it went on"
+
+
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -80,7 +101,9 @@ def main(root: Path, out: Path) -> None:
         for name, bins in task.evaluation.calibration_bins.items():
             counted = {f"bins/{name}/{i}": v for i, v in enumerate(bins.flatten().tolist())}
             metrics[f"ragged/{accumulation}"] |= counted
+    said = diverged(data_of(root, 1, train_on=["target"]))
     rank = int(os.environ.get("RANK", "0"))
+    (out / f"diverged-{WORLD}-{rank}.txt").write_text(said)
     torch.save(results, out / f"results-{WORLD}-{rank}.pt")
     (out / f"metrics-{WORLD}-{rank}.json").write_text(json.dumps(metrics))
 

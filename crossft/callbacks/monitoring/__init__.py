@@ -3,6 +3,7 @@
 from crossft.callbacks.monitoring.anchors import Anchors
 from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, latest_valid, load_checkpoint
 from crossft.callbacks.monitoring.checkpoints import Checkpoints
+from crossft.callbacks.monitoring.finite import FiniteCheck
 from crossft.callbacks.monitoring.health import Health
 from crossft.callbacks.monitoring.ledger import Ledger, ledger_rows
 from crossft.callbacks.monitoring.rate_range import RateRange
@@ -13,6 +14,7 @@ __all__ = [
     "Anchors",
     "AtomicCheckpointIO",
     "Checkpoints",
+    "FiniteCheck",
     "Health",
     "Ledger",
     "RateRange",

@@ -1,0 +1,66 @@
+"""A run that diverged fails with its reason, instead of being measured as if it had been trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from crossft.errors import TrainingError
+
+__all__ = ["FiniteCheck"]
+
+
+class FiniteCheck(Callback):
+    """Stops training once the loss or a weight is NaN or infinite.
+
+    The loss of every step is looked at on its device, without waiting for it; what was seen is asked for, together
+    with the weights, every ``trainer.log_every_n_steps`` optimizer steps, before a validation and at the end of an
+    epoch. All processes stop together. It stands before the checkpoints, so that the last one saved is from before.
+
+    Raises:
+        TrainingError: with the step at which the loss was first not finite.
+    """
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with nothing seen."""
+        self._first = torch.full((), -1, dtype=torch.long, device=pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the optimizer step (from 1) of the first loss that is not finite."""
+        loss = outputs["loss"].detach()
+        assert self._first is not None
+        step = trainer.global_step
+        self._first = torch.where(torch.isfinite(loss) | (self._first >= 0), self._first, max(step, 1))
+        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if step % every == 0 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._check(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look before a validation within training."""
+        if self._first is not None and not trainer.sanity_checking:
+            self._check(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look before the epoch's checkpoint."""
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._first is not None
+        first = int(self._first)
+        weights = [p.detach() for p in pl_module.parameters() if p.requires_grad]
+        fine = first < 0 and (not weights or bool(torch.stack([p.isfinite().all() for p in weights]).all()))
+        if trainer.strategy.reduce_boolean_decision(fine, all=True):
+            return
+        what = f"the loss is not finite since optimizer step {first}" if first >= 0 else "weights are not finite"
+        raise TrainingError(
+            f"training diverged: {what} (now at step {trainer.global_step}); lower the learning rate "
+            "(model.optimizer.lr) or a method's weight, or clip gradients (trainer.gradient_clip_val)"
+        )
