@@ -26,7 +26,7 @@ _SHAPES = (
     "M0 {l}L{l} -{r}H-{l}Z",
     "M-{t} -{l}H{t}V-{t}H{l}V{t}H{t}V{l}H-{t}V{t}H-{l}V-{t}H-{t}Z",
     "M0 -{l}L{t} -{t}L{l} 0L{t} {t}L0 {l}L-{t} {t}L-{l} 0L-{t} -{t}Z",
-    "M-{l} -{r}L0 {r}L{l} -{r}L0 {l}Z",
+    "M-{r} -{l}H{r}L-{r} {l}H{r}Z",
 )
 _LETTER = 6.1
 """Mean width of a letter of the labels, in units."""
