@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, FiniteCheck, Ledger, RunLog, load_checkpoint
 from crossft.callbacks.monitoring.oracle import Oracle
+from crossft.cli.before import keep_before, shared_before
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
 from crossft.cli.parser import Settings
@@ -164,6 +165,8 @@ class Leg:
         if self.launch.first:
             untrained = [d.name for d in task.domains if task.head_keys[d.name] not in trained]
             write_json(self.folder.before, {"metrics": before, "untrained": untrained})
+            if self.init is not None:
+                keep_before(self.folder, shared_before(self.settings, self.data, self.init))
         return before
 
     def _fit(self, task: Task, methods: list[Callback], select: str | None) -> None:

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from crossft.callbacks.monitoring import latest_valid
 from crossft.callbacks.monitoring.checkpoint_io import sha256
+from crossft.cli.before import adopt_before, shared_before
 from crossft.cli.launch import Launch
 from crossft.cli.leg import Leg
 from crossft.cli.loggers import wandb_id
@@ -172,6 +173,9 @@ class Chain:
         plan: dict[str, Any] = {"folder": str(self.folder.path), "resume": _text(latest_valid(self.folder.checkpoints))}
         if source is not None and source_data is not None:
             plan |= self._decide_source(source, source_data)
+        init = checkpoint_of(source.path) if source is not None and plan["source_done"] else self.init
+        if init is not None and self.settings.config.before:
+            adopt_before(self.folder, shared_before(self.settings, data, init))
         return plan
 
     def _decide_source(self, folder: RunFolder, data: DomainData) -> dict[str, Any]:

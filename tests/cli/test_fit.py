@@ -14,7 +14,7 @@ import yaml
 from crossft.callbacks.monitoring import load_checkpoint
 from crossft.callbacks.monitoring.checkpoint_io import check
 from crossft.cli import main
-from crossft.runs import RunFolder, read_json, read_metrics
+from crossft.runs import RunFolder, read_json, read_metrics, write_json
 
 Fit = Callable[..., int]
 
@@ -115,6 +115,27 @@ def test_calibration_bins_give_the_calibration_error(finished: Path) -> None:
         assert gap == pytest.approx(metrics[f"{key}/test/calibration_error"], abs=1e-5)
         right = sum(int(r["rows"]) * float(r["accuracy"]) for r in full) / count
         assert right == pytest.approx(metrics[f"{key}/test/accuracy"], abs=1e-5)
+
+
+def test_starting_model_is_measured_once_for_arms_that_differ_in_methods(
+    fit: Fit, runs: Path, finished: Path, tmp_path: Path
+) -> None:
+    (source,) = runs.glob("source-*")
+    root = tmp_path / "tiny"
+    shutil.copytree(source, root / source.name)
+    (measured,) = (root / source.name / "measured").glob("*.json")
+    assert read_json(measured) == read_json(finished / "before.json")
+    marked = read_json(measured)
+    marked["metrics"]["target/test/accuracy"] = 0.123
+    write_json(measured, marked)
+    assert fit(tmp_path, "--data.shots=5", "--arm=plain", "--methods.l2sp=null", "--trainer.max_epochs=1") == 0
+    assert fit(tmp_path, "--data.shots=4", "--arm=other", "--trainer.max_epochs=1") == 0
+    plain, other = (RunFolder(next(root.glob(f"{arm}-s0-*"))) for arm in ("plain", "other"))
+    assert {plain.summary()["parent"], other.summary()["parent"]} == {str(root / source.name)}
+    assert plain.summary()["metrics"]["target/test/accuracy/before"] == 0.123
+    expected = read_json(finished / "before.json")["metrics"]["target/test/accuracy"]
+    assert other.summary()["metrics"]["target/test/accuracy/before"] == expected, "other data: measured by itself"
+    assert len(list(measured.parent.glob("*.json"))) == 2
 
 
 def test_metrics_csv_follows_validation(finished: Path) -> None:
