@@ -1,9 +1,9 @@
 """What sharing a source model saves: a sweep of six methods against six independent runs, side by side.
 
-    python benchmarks/shared_prefix.py [--slots 2] [--source-epochs 3]
+    python benchmarks/shared_prefix.py [--slots 2] [--source-epochs 3] [--limit ROWS]
 
-On pacs-96 (photo -> sketch, 10 shots, 64 px, EfficientNet-lite0 from packages) each of six methods fine-tunes the
-source model of one seed. The sweep fits that model once; the independent runs, ``crossft fit`` with a folder of its own
+On pacs-96 (sketch -> photo, 10 shots, 64 px, EfficientNet-lite0 from packages) each of six methods fine-tunes the
+source model of one seed; the source leg is as long as configs/vision/domains.yaml has it. The sweep fits that model once; the independent runs, ``crossft fit`` with a folder of its own
 each, fit it each for itself. Both have the same number of processes at a time, one thread each, and their wall time is
 compared, the sweep's plan and report included; the metrics of both ways must be equal. The aim is twice as fast. Data
 is read from CROSSFT_DATA (default ../shared/data).
@@ -86,10 +86,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, default=2, help="runs at a time")
     parser.add_argument("--source-epochs", type=int, default=3, help="as configs/vision/domains.yaml has it")
+    parser.add_argument("--limit", type=int, help="at most so many rows of each domain, to try the program")
     options = parser.parse_args()
     flags = [
-        f"--data.root={DATA}", "--data.source=photo", "--data.target=sketch", "--data.shots=10",
-        "--model.backbone.image_size=64", f"--source_leg.trainer.max_epochs={options.source_epochs}",
+        f"--data.root={DATA}", "--data.source=sketch", "--data.target=photo", "--data.splits=[0.8,0.1,0.1]",
+        f"--data.limit={options.limit or 'null'}", f"--data.shots={2 if options.limit else 10}", "--model.backbone.image_size=64", f"--source_leg.trainer.max_epochs={options.source_epochs}",
         "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--wandb.mode=disabled",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
