@@ -3,10 +3,11 @@
     python benchmarks/shared_prefix.py [--slots 2] [--source-epochs 3] [--limit ROWS]
 
 On pacs-96 (sketch -> photo, 10 shots, 64 px, EfficientNet-lite0 from packages) each of six methods fine-tunes the
-source model of one seed; the source leg is as long as configs/vision/domains.yaml has it. The sweep fits that model once; the independent runs, ``crossft fit`` with a folder of its own
-each, fit it each for itself. Both have the same number of processes at a time, one thread each, and their wall time is
-compared, the sweep's plan and report included; the metrics of both ways must be equal. The aim is twice as fast. Data
-is read from CROSSFT_DATA (default ../shared/data).
+source model of one seed; the source leg is as long as configs/vision/domains.yaml has it. The sweep fits that model
+once; the independent runs, ``crossft fit`` with a folder of its own each, fit it each for itself. Both have the same
+number of processes at a time, one thread each, and their wall time is compared, the sweep's plan and report included;
+the metrics of both ways must be equal. The aim is twice as fast. Data is read from CROSSFT_DATA (default
+../shared/data).
 """
 
 from __future__ import annotations
@@ -90,21 +91,16 @@ def main() -> int:
     options = parser.parse_args()
     flags = [
         f"--data.root={DATA}", "--data.source=sketch", "--data.target=photo", "--data.splits=[0.8,0.1,0.1]",
-        f"--data.limit={options.limit or 'null'}", f"--data.shots={2 if options.limit else 10}", "--model.backbone.image_size=64", f"--source_leg.trainer.max_epochs={options.source_epochs}",
+        f"--data.limit={options.limit or 'null'}", f"--data.shots={2 if options.limit else 10}",
+        "--model.backbone.image_size=64", f"--source_leg.trainer.max_epochs={options.source_epochs}",
         "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--wandb.mode=disabled",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         once = shared(root, flags, options.slots)
-        sources = [
-            RunFolder(p).summary()["seconds"] for p in (root / "shared" / "shared").glob("source-*") if p.is_dir()
-        ]
-        print(
-            f"sweep, source fitted once     {once:6.1f} s ({len(sources)} source leg of {sources[0]:.1f} s)", flush=True
-        )
+        print(f"sweep, source fitted once     {once:6.1f} s (source legs: {sources(root / 'shared')})", flush=True)
         each = independent(root, flags, options.slots)
-        legs = [p for p in (root / "alone").rglob("source-*") if p.is_dir()]
-        print(f"independent runs, one each    {each:6.1f} s ({len(legs)} source legs)")
+        print(f"independent runs, one each    {each:6.1f} s (source legs: {sources(root / 'alone')})")
         equal = metrics(root / "shared") == metrics(root / "alone")
         print(f"metrics of both ways equal    {equal} ({len(metrics(root / 'alone'))} arms)")
     print(json.dumps({"slots": options.slots, "shared": round(once, 1), "independent": round(each, 1)}))
