@@ -38,7 +38,7 @@ ARMS: dict[str, dict[str, object]] = {
     "l2sp": {"methods.l2sp": f"{RETENTION}.L2SP"},
     "mixout": {"methods.mixout": f"{RETENTION}.Mixout"},
     "lwf": {"methods.lwf": f"{RETENTION}.LwF"},
-    "si": {"methods.si": f"{RETENTION}.SI"},
+    "bss": {"methods.bss": f"{RETENTION}.BSS"},
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
