@@ -263,6 +263,7 @@ class HasBackbone(Protocol):
     heads: nn.ModuleDict
     domains: tuple[Domain, ...]
     head_keys: dict[str, str]
+    prefix: Any  # what keeps values of networks that do not change, or None
 
 
 @dataclass(eq=False)

@@ -119,6 +119,8 @@ class Timm(Backbone):
     ) -> Encoded:
         captured: dict[str, Tensor] = {}
         x: Any = inputs["pixel_values"] if start == 0 or value is None else value
+        if x.dim() == 4 and not self._channels_last:  # convolutions keep this layout; depthwise ones are faster in it
+            x = x.contiguous(memory_format=torch.channels_last)
         if self._whole:
             x = self._checkpointed(self.model.forward_features, ("model",), x)
         for plan in self._plans[start:]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,22 +18,15 @@ from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
+from crossft.tasks.prefix import Prefix
 from crossft.tasks.trainability import freeze_others_, hold_frozen_
 from crossft.types import Batch, Domain, Encoded, GradientProjection, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
-__all__ = ["Prefix", "Task"]
+__all__ = ["Task"]
 
 
 def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
     return torch.optim.AdamW(groups, lr=3e-4, fused=True)
-
-
-class Prefix(Protocol):
-    """What may run the backbone in the task's place, with the same result."""
-
-    def encode(self, task: Task, batch: Batch, capture: Collection[str]) -> Encoded:
-        """Encode the batch; ``capture`` names the stages whose outputs are wanted."""
-        ...
 
 
 class Task(LightningModule):

@@ -13,7 +13,7 @@ from crossft.backbones import Backbone
 from crossft.backbones.batchnorm import set_domains
 from crossft.types import Batch, Encoded, LateInputs, Stage
 
-__all__ = ["Cut", "Value", "cuts"]
+__all__ = ["Cut", "Value", "cuts", "values"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Cut:
 
     Attributes:
         below: the stages below it.
-        above: name of the first stage above it; None: the pooled features come out of it.
+        above: name of the first stage above it; None: the pooled features come out of it. A cut from which nothing
+            is run (see `crossft.callbacks.caching.constants`) may have another name here.
     """
 
     below: tuple[Stage, ...]
@@ -71,18 +72,7 @@ class Cut:
 
     def value(self, backbone: Backbone, batch: Batch, rows: Sequence[int]) -> Value:
         """The value of some rows of a batch, computed alone, without a gradient, in evaluation mode."""
-        inputs = batch.inputs
-        taken = inputs.take(rows) if isinstance(inputs, LateInputs) else {k: v[list(rows)] for k, v in inputs.items()}
-        mask = taken.get("attention_mask")
-        if mask is not None:  # no longer than these rows need
-            used = mask.bool().any(0)
-            taken = {k: v[:, used] if v.shape[1:] == mask.shape[1:] else v for k, v in taken.items()}
-        capture = () if self.above is None else (self.below[-1].name,)
-        with torch.no_grad(), _evaluating(backbone):
-            set_domains(backbone, batch.domains[list(rows)])
-            value = self._value(backbone(taken, capture=capture), taken.get("attention_mask"))
-            set_domains(backbone, batch.domains)
-        return value
+        return values([self], backbone, batch, rows)[0]
 
     def rest(self, backbone: Backbone, value: Value, batch: Batch, capture: Collection[str]) -> Encoded:
         """Run the stages above the cut on the value of all rows of a batch."""
@@ -103,6 +93,22 @@ class Cut:
         if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape:
             return Value(value, None)
         return Value(value[mask.bool()], mask.bool())
+
+
+def values(at: Sequence[Cut], backbone: Backbone, batch: Batch, rows: Sequence[int]) -> list[Value]:
+    """The values of some rows at several cuts, computed alone, without a gradient, in evaluation mode."""
+    inputs = batch.inputs
+    taken = inputs.take(rows) if isinstance(inputs, LateInputs) else {k: v[list(rows)] for k, v in inputs.items()}
+    mask = taken.get("attention_mask")
+    if mask is not None:  # no longer than these rows need
+        used = mask.bool().any(0)
+        taken = {k: v[:, used] if v.shape[1:] == mask.shape[1:] else v for k, v in taken.items()}
+    capture = tuple(dict.fromkeys(cut.below[-1].name for cut in at if cut.above is not None))
+    with torch.no_grad(), _evaluating(backbone):
+        set_domains(backbone, batch.domains[list(rows)])
+        encoded = backbone(taken, capture=capture)
+        set_domains(backbone, batch.domains)
+    return [cut._value(encoded, taken.get("attention_mask")) for cut in at]
 
 
 def cuts(

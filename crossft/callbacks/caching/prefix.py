@@ -12,12 +12,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from crossft.backbones import Backbone
 from crossft.backbones.batchnorm import set_domains
+from crossft.callbacks.caching.constants import Constants, key_of
 from crossft.callbacks.caching.cuts import Cut, Value, cuts
-from crossft.callbacks.caching.fingerprint import prefix_key, prefix_tensors
+from crossft.callbacks.caching.filling import completed, joined, real_rows
+from crossft.callbacks.caching.fingerprint import prefix_tensors
 from crossft.callbacks.caching.memory import memory_folder
 from crossft.callbacks.caching.store import Budget, Store
-from crossft.callbacks.caching.trust import aside, differs, some
+from crossft.callbacks.caching.trust import VERIFIED, aside, differs, some, tolerance
 from crossft.data import DomainData
 from crossft.errors import ConfigError
 from crossft.runs import prefix_folder
@@ -26,10 +29,6 @@ from crossft.types import Batch, Encoded, LateInputs
 
 __all__ = ["PrefixCache"]
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Largest difference between cached and full path, relative to the largest feature, by the coarsest type in it."""
-VERIFIED = 8
-"""Rows of the first batch that run both ways."""
 MOST_CHANGES = 3
 """Times that a frozen prefix may change its weights before the cache gives up on it."""
 MOST_READS = 8
@@ -46,7 +45,8 @@ class PrefixCache(Callback):
 
     Training batches are cached where a sample's input is fixed: text, ``data.augment=none``, or ``data.views=n``
     fixed augmentations. Under random augmentation only evaluation is cached. Inputs of stored samples are neither
-    decoded nor transformed unless a method reads them.
+    decoded nor transformed unless a method reads them. Under the same rule the outputs of teachers (LwF, feature
+    distillation, DELTA) are stored, whatever trains.
 
     A value is found by what it was made of: weights, buffers, modes and settings of the prefix, sample, transform or
     token ids, precision. So later runs and arms with the same prefix read it, and another prefix never does. The
@@ -105,6 +105,7 @@ class PrefixCache(Callback):
         self._bad: set[str] = set()
         self._verified: set[tuple[str, bool]] = set()
         self._changes: dict[frozenset[str], set[str]] = {}
+        self._constants = Constants(self.dtype, self._opened, self._keep, self._tell)
         self._data = data
         self._bind()
         pl_module.prefix = self
@@ -141,6 +142,16 @@ class PrefixCache(Callback):
             self._drop(f"the cache cannot be used ({error})")
             encoded = None
         return task.backbone(batch.inputs, capture=capture) if encoded is None else encoded
+
+    def encode_constant(self, task: Task, network: Backbone, batch: Batch, capture: Collection[str]) -> Encoded:
+        """Run a network that never changes (a teacher): its outputs on a fixed input are computed once."""
+        encoded = None
+        if self._covers(task, batch):
+            try:
+                encoded = self._constants.encode(task, network, batch, tuple(capture))
+            except OSError as error:
+                self._tell(f"outputs of a teacher cannot be kept ({error}); they are computed each time")
+        return network(batch.inputs, capture=capture) if encoded is None else encoded
 
     def _covers(self, task: Task, batch: Batch) -> bool:
         """Whether the batch is one of the data this cache knows, and its inputs are fixed."""
@@ -186,48 +197,26 @@ class PrefixCache(Callback):
         self.hits, self.misses = self.hits + len(batch) - len(missing), self.misses + len(missing)
         if len(missing) == len(batch):
             encoded, value = cut.whole(task.backbone, batch, capture)
-            self._keep(store, batch, missing, value)
+            self._keep(store, batch, missing, value, self._postponed)
             return encoded
         return cut.rest(task.backbone, self._complete(task, cut, store, batch, known), batch, capture)
 
     def _complete(self, task: Task, cut: Cut, store: Store, batch: Batch, known: Any, keep: bool = True) -> Value:
         """The value of a batch: what is stored is read, the rest is computed (and stored)."""
-        assert store.form is not None
-        device = batch.domains.device
-        mask = batch.inputs["attention_mask"].bool() if store.form.tokens else None
-        there, missing = np.flatnonzero(known), np.flatnonzero(~known)
+        missing = np.flatnonzero(~known)
         if not len(missing):
-            return Value(store.read(batch.keys, there).to(device, non_blocking=True), mask)
+            return completed(store, batch, known, None)
         value = cut.value(task.backbone, batch, missing.tolist())
         if keep:
-            self._keep(store, batch, missing, value)
-        fresh = store.rounded(value.flat)
-        if not len(there):
-            return Value(fresh, mask)
-        stored = store.read(batch.keys, there).to(device)
-        if mask is None:
-            out = fresh.new_empty(len(batch), *fresh.shape[1:])
-            out[torch.from_numpy(there).to(device)] = stored
-            out[torch.from_numpy(missing).to(device)] = fresh
-            return Value(out, None)
-        rows = torch.repeat_interleave(torch.from_numpy(known).to(device), mask.sum(1))
-        out = fresh.new_empty(len(rows), *fresh.shape[1:])
-        out[rows], out[~rows] = stored, fresh
-        return Value(out, mask)
+            self._keep(store, batch, missing, value, self._postponed)
+        return completed(store, batch, known, value)
 
-    def _keep(self, store: Store, batch: Batch, positions: Any, value: Value) -> None:
-        """Store the values of real rows; padding rows may have been normalized differently."""
+    def _keep(self, store: Store, batch: Batch, positions: Any, value: Value, postponed: Tensor | None = None) -> None:
+        """Store the values of real rows, and mark those of the task's own prefix as ``postponed``."""
         if store.problem is not None:
             return
         store.shape(value.flat, value.mask is not None)
-        real = np.array([batch.keys[i].domain >= 0 for i in positions])
-        flat = value.flat
-        if not real.all():
-            units = torch.from_numpy(real).to(flat.device)
-            if value.mask is not None:
-                units = torch.repeat_interleave(units, value.mask.sum(1))
-            flat = flat[units]
-        store.write(batch.keys, positions[real], flat, self._postponed)
+        store.write(batch.keys, *real_rows(batch, positions, value), postponed)
         if store.problem is not None:
             self._tell(f"nothing more is stored: {store.problem}; what is not stored is computed each time")
         if self._budget.exceeded:
@@ -253,7 +242,7 @@ class PrefixCache(Callback):
             if key in self._bad or not self._may_change(task, cut, key):
                 reason = "see the warning above"
                 continue
-            self._cut, self._store = cut, self._opened(key, task, cut)
+            self._cut, self._store = cut, self._opened(key, task, task.backbone, cut)
             self._parameters, _ = prefix_tensors(cut.below)
             break
         else:
@@ -270,8 +259,7 @@ class PrefixCache(Callback):
         written = (tuple((p.data_ptr(), p._version) for p in parameters), hash(b"".join(bits)), device)
         former, key = self._keys.get((cut.name, len(cut.below)), (None, ""))
         if former != written:
-            domains = tuple(d.name for d in task.domains) if task.batchnorm == "per_domain" else ()
-            key = prefix_key(task.backbone, cut.below, device, cut.name, self.dtype, domains)
+            key = key_of(task, task.backbone, cut, device, self.dtype)
             self._keys[cut.name, len(cut.below)] = (written, key)
         return key
 
@@ -288,9 +276,9 @@ class PrefixCache(Callback):
         seen.add(key)
         return True
 
-    def _opened(self, key: str, task: Task, cut: Cut) -> Store:
+    def _opened(self, key: str, task: Task, network: Backbone, cut: Cut) -> Store:
         if key not in self._stores:
-            name = str(getattr(task.backbone, "name", type(task.backbone).__name__))
+            name = str(getattr(network, "name", type(network).__name__))
             self._stores[key] = Store(
                 self._budget.root / key,
                 self._rows,
@@ -338,9 +326,7 @@ class PrefixCache(Callback):
             if known.any():
                 value = self._complete(task, cut, store, few, known, keep=False)
             else:
-                mask = few.inputs["attention_mask"].bool() if values[0].mask is not None else None
-                value = Value(store.rounded(torch.cat([v.flat for v in values])), mask)
+                value = joined(store, few, values)
             torch.manual_seed(0)
             mine = cut.rest(task.backbone, value, few, capture)
-        coarse = torch.is_autocast_enabled(batch.domains.device.type) or self.dtype == "bfloat16"
-        return differs(full, mine, few, capture, TOLERANCE["bfloat16" if coarse else "float32"])
+        return differs(full, mine, few, capture, tolerance(batch.domains.device, self.dtype))

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from crossft.backbones.batchnorm import set_domains, without_statistics
 from crossft.types import Batch, Encoded, LateInputs
 
-__all__ = ["aside", "differs", "some"]
+__all__ = ["VERIFIED", "aside", "differs", "some", "tolerance"]
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Largest difference between cached and full path, relative to the largest feature, by the coarsest type in it."""
+VERIFIED = 8
+"""Rows of the first batch that run both ways."""
+
+
+def tolerance(device: torch.device, storage: str) -> float:
+    """The largest difference allowed where values are stored as ``storage``, under the present autocast."""
+    coarse = torch.is_autocast_enabled(device.type) or storage == "bfloat16"
+    return TOLERANCE["bfloat16" if coarse else "float32"]
 
 
 @contextmanager

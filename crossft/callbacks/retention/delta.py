@@ -65,7 +65,7 @@ class ChannelDistance(TeacherTerm):
 
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
         """Mean over target rows; a scalar."""
-        old = self.teacher(step.batch, capture=self.needs_stages).stages
+        old = self.teacher(step.batch, model, capture=self.needs_stages).stages
         values = []
         for i, name in enumerate(self.needs_stages):
             own, before = channels_last(upcast(step.stages[name])), channels_last(upcast(old[name]))

@@ -31,7 +31,7 @@ class OldFeatures(TeacherTerm):
 
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
         """Sum over stages of the mean over rows; a scalar."""
-        old = self.teacher(step.batch, capture=self.needs_stages)
+        old = self.teacher(step.batch, model, capture=self.needs_stages)
         if not self.needs_stages:
             return step.mean(feature_distance(step.features, old.features), self.ids)
         values = []

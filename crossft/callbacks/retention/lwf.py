@@ -37,7 +37,7 @@ class OldOutputs(TeacherTerm):
 
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
         """Sum over old heads of the mean over rows of T^2 KL(teacher || student); a scalar."""
-        old = self.teacher.logits(self.teacher(step.batch).features)
+        old = self.teacher.logits(self.teacher(step.batch, model).features)
         values = [
             step.mean(distillation(step.logits[key], old[key], self.temperature, kind), self.ids)
             for key, kind in self.kinds.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from crossft.backbones.batchnorm import set_domains
 from crossft.errors import ConfigError
 from crossft.tasks import Task
-from crossft.types import Batch, Encoded, LossTerm
+from crossft.types import Batch, Encoded, HasBackbone, LossTerm
 
 __all__ = ["Teacher", "TeacherTerm", "old_heads"]
 
@@ -37,11 +38,15 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, batch: Batch, capture: Collection[str] = ()) -> Encoded:
-        """Encode the batch's own inputs: what the student sees, augmentation and all."""
+    def forward(self, batch: Batch, model: HasBackbone, capture: Collection[str] = ()) -> Encoded:
+        """Encode the batch's own inputs: what the student sees, augmentation and all.
+
+        Where ``model`` keeps values of networks that do not change, a sample's are computed once.
+        """
         set_domains(self.backbone, batch.domains)
-        encoded: Encoded = self.backbone(batch.inputs, capture=capture)
-        return encoded
+        if model.prefix is not None:
+            return cast(Encoded, model.prefix.encode_constant(model, self.backbone, batch, capture))
+        return cast(Encoded, self.backbone(batch.inputs, capture=capture))
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def fit(
 
 def text_data(folder: Path, **options: Any) -> DomainData:
     options = {"source": "books", "target": "kitchen", "train_on": ["source", "target"], **options}
-    data = DomainData(folder / "data", batch_size=8, **options)
+    data = DomainData(folder / "data", **{"batch_size": 8, **options})
     data.prepare()
     return data
 
