@@ -8,7 +8,7 @@ PYTHON ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test soak demo
+.PHONY: help install check test soak demo bench
 
 help:
 	@echo "make install   create $(VENV) and install crossft with everything that demo, test and check need"
@@ -16,6 +16,7 @@ help:
 	@echo "make test      the test suite, in 2 processes, without the soak runs"
 	@echo "make check     format, lint, types, architecture"
 	@echo "make soak      the long reliability runs"
+	@echo "make bench     the benchmarks beside the peers; writes benchmarks/RESULTS.md"
 
 install: $(STAMP)
 	@echo "$(VENV) is ready: run '. $(BIN)/activate', then 'crossft --help'"
@@ -61,3 +62,7 @@ soak: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python experiments/demo/run.py
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r benchmarks/requirements.txt -c constraints.txt
+	$(BIN)/python benchmarks/run.py

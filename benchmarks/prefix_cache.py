@@ -19,58 +19,29 @@ CROSSFT_DATA (default ../shared/data).
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+from cases import Build, make, quiet, text, vision
+from timing import clock
 
+# isort: split
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crossft.backbones import Backbone, Timm, Transformer
 from crossft.callbacks.caching import PrefixCache
 from crossft.callbacks.freezing import Freeze
 from crossft.data import DomainData
-from crossft.tasks import Classification
 
-ROOT = Path(os.environ.get("CROSSFT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 PROBE, SHARE, FIVE = 50.0, 0.9, 4.0
-CLOCK = time.perf_counter if "--wall" in sys.argv else time.process_time
 
 
-def vision(rows: int) -> tuple[Callable[[], Backbone], DomainData]:
-    data = DomainData(
-        ROOT / "pacs-96", target="photo", batch_size=32, augment="none", image_size=96, cache_images=False, limit=rows,
-        splits=(1.0, 0.0, 0.0),
-    )  # fmt: skip
-    return lambda: Timm("packaged:efficientnet_lite0", image_size=96), data
-
-
-def text(rows: int) -> tuple[Callable[[], Backbone], DomainData]:
-    data = DomainData(ROOT / "amazon4-airline", target="books", batch_size=16, limit=rows, length_window=0)
-    return lambda: Transformer("packaged:minilm", max_length=128), data
-
-
-def make(build: Callable[[], Backbone], data: DomainData, last: int) -> Classification:
-    pl.seed_everything(0, verbose=False)
-    backbone = build()
-    data.bind(backbone.input_spec)
-    task = Classification(backbone, list(data.domains))
-    names = [s.name for s in backbone.stages]
-    task.train_stages(names[len(names) - last :])
-    return task.train()
-
-
-def loop(build: Callable[[], Backbone], data: DomainData, last: int, ready: bool) -> float:
+def loop(build: Build, data: DomainData, last: int, ready: bool) -> float:
     """Seconds of one epoch of the hand-written loop; ``ready`` starts above the cut, inputs in memory."""
     task = make(build, data, last)
     backbone, head = task.backbone, nn.Linear(task.backbone.num_features, len(data.domains[0].labels))
@@ -84,7 +55,7 @@ def loop(build: Callable[[], Backbone], data: DomainData, last: int, ready: bool
         with torch.no_grad():
             coded = [(backbone(b.inputs, capture=below), b) for b in batches]
         batches = [(e.stages[below[0]] if cut else e.features, b) for e, b in coded]
-    start = CLOCK()
+    start = clock()
     for item in batches:
         value, batch = item if ready else (None, item)
         if cut is None:
@@ -98,7 +69,7 @@ def loop(build: Callable[[], Backbone], data: DomainData, last: int, ready: bool
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return CLOCK() - start
+    return clock() - start
 
 
 class Clock(pl.Callback):
@@ -108,13 +79,13 @@ class Clock(pl.Callback):
         self.seconds: list[float] = []
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.start = CLOCK()
+        self.start = clock()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds.append(CLOCK() - self.start)
+        self.seconds.append(clock() - self.start)
 
 
-def ours(build: Callable[[], Backbone], data: DomainData, last: int, epochs: int) -> list[float]:
+def ours(build: Build, data: DomainData, last: int, epochs: int) -> list[float]:
     """Seconds of each epoch with the cache."""
     task, clock = make(build, data, last), Clock()
     trainer = pl.Trainer(
@@ -132,7 +103,7 @@ def ours(build: Callable[[], Backbone], data: DomainData, last: int, epochs: int
     return clock.seconds
 
 
-def compare(name: str, build: Callable[[], Backbone], data: DomainData, rounds: int) -> bool:
+def compare(name: str, build: Build, data: DomainData, rounds: int) -> bool:
     """Print one backbone's rows; return whether the aims are met."""
     held = True
     for last, mode in ((0, "linear probe"), (2, "last 2 stages")):
@@ -154,7 +125,7 @@ def compare(name: str, build: Callable[[], Backbone], data: DomainData, rounds: 
     return held
 
 
-def five(name: str, build: Callable[[], Backbone], data: DomainData, rounds: int) -> bool:
+def five(name: str, build: Build, data: DomainData, rounds: int) -> bool:
     """Print five epochs of a probe from an empty cache against five of the loop."""
     mine, theirs, former = [], [], os.environ["CROSSFT_CACHE"]
     for _ in range(rounds):
@@ -177,9 +148,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wall", action="store_true", help="seconds of the wall clock")
     args = parser.parse_args()
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    if args.wall:
+        os.environ["BENCH_WALL"] = "1"
+    quiet()
     cases = {"EfficientNet-lite0": vision(args.rows), "MiniLM": text(args.texts)}
     columns = ("building", "next run", "cached", "bound", "faster", "bound")
     print(f"{'seconds of an epoch':33}{'loop':>9}" + "".join(f"{c:>10}" for c in columns))
@@ -187,7 +158,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CROSSFT_CACHE"] = folder
         for name, (build, data) in cases.items():
-            data.prepare()
             held &= compare(name, build, data, args.rounds)
         for name, (build, data) in cases.items():
             held &= five(name, build, data, args.rounds)

@@ -1,0 +1,78 @@
+"""Run the benchmarks and write what they print to `benchmarks/RESULTS.md`, with date and versions.
+
+    python benchmarks/run.py [NAME ...]
+
+Without names all of them run (about 20 minutes on an idle machine); with names those sections are written anew and the
+others stay as they are. A benchmark whose bound does not hold says so in its heading.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from timing import machine
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "RESULTS.md"
+SECTIONS = {
+    "step": ("A step's own cost", "step_overhead.py --pairs 20 --steps 400"),
+    "start": ("Start to the first step", "start.py --pairs 5"),
+    "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 256 --texts 256 --rounds 3 --wall"),
+    "peers": ("Beside the peers", "peers.py --steps 6 --rounds 3 --starts 3 --wall"),
+    "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 3 --wall"),
+    "importance": ("Importance and penalties", "importance.py"),
+}
+HEAD = """# Benchmarks
+
+Written by `make bench` (`python benchmarks/run.py`; with a section's name for that one alone), not edited by hand.
+Each section has its date, versions and command; what it measures stands at the head of its script. One thread a process.
+"""
+
+
+def section(name: str) -> str:
+    """Run one benchmark and return its text."""
+    title, command = SECTIONS[name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(":")
+    start = time.perf_counter()
+    script, *rest = shlex.split(command)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / script), *rest], env=environment, capture_output=True, text=True,
+        cwd=HERE.parent,
+    )  # fmt: skip
+    took = time.perf_counter() - start
+    print(done.stdout, done.stderr[-3000:] if done.returncode else "", flush=True)
+    if not done.stdout.strip():
+        raise SystemExit(f"benchmarks/{command} printed nothing (exit {done.returncode})")
+    verdict = "" if done.returncode == 0 else " — a bound does not hold"
+    today = datetime.datetime.now(datetime.UTC).date()
+    return (
+        f"## {name}: {title}{verdict}\n\n{today}, {took:.0f} s. {machine()}\n\n    python benchmarks/{command}\n\n"
+        f"```\n{done.stdout.strip()}\n```\n"
+    )
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(SECTIONS)
+    unknown = [n for n in names if n not in SECTIONS]
+    if unknown:
+        print(f"unknown benchmark {unknown[0]!r}; allowed: {', '.join(SECTIONS)}", file=sys.stderr)
+        return 2
+    old = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
+    parts = {m[1]: m[0] for m in re.finditer(r"^## (\w+): .*?(?=^## |\Z)", old, re.MULTILINE | re.DOTALL)}
+    for name in names:
+        parts[name] = section(name)
+        text = "\n".join([HEAD, *(parts[n].strip() + "\n" for n in SECTIONS if n in parts)])
+        RESULTS.write_text(text, encoding="utf-8")
+    return 1 if any("does not hold" in part for part in parts.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
