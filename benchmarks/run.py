@@ -32,7 +32,7 @@ SECTIONS = {
 HEAD = """# Benchmarks
 
 Written by `make bench` (`python benchmarks/run.py`; with a section's name for that one alone), not edited by hand.
-Each section has its date, versions and command; what it measures stands at the head of its script. One thread a process.
+Each section has its date, versions and command; the head of its script says what it measures. One thread a process.
 """
 
 
