@@ -151,8 +151,8 @@ class Steps(pl.Callback):
 
 def trainer(callbacks: list[Any], **more: Any) -> pl.Trainer:
     return pl.Trainer(
-        **{"max_epochs": 1, "logger": False, "enable_checkpointing": False, **more},
-        accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        **{"max_epochs": 1, "logger": False, "enable_checkpointing": False, "devices": 1, **more}, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         num_sanity_val_steps=0, callbacks=callbacks,
     )  # fmt: skip
 
@@ -232,7 +232,7 @@ def fastai(net: Net, pairs: Pairs, watch: Watch) -> None:
         def after_batch(self) -> None:
             watch.end()
 
-    loaders = DataLoaders(pairs, pairs)
+    loaders = DataLoaders(pairs, [])
     wrapped = partial(OptimWrapper, opt=net.optimizer())
     learner = Learner(
         loaders, net, F.cross_entropy, opt_func=lambda *_, **__: wrapped(), cbs=[Watched()], train_bn=False,

@@ -24,7 +24,7 @@ RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
     "step": ("A step's own cost", "step_overhead.py --pairs 20 --steps 400"),
     "start": ("Start to the first step", "start.py --pairs 5"),
-    "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 256 --texts 256 --rounds 3 --wall"),
+    "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 256 --texts 224 --rounds 2 --wall"),
     "peers": ("Beside the peers", "peers.py --steps 6 --rounds 3 --starts 3 --wall"),
     "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 3 --wall"),
     "importance": ("Importance and penalties", "importance.py"),
