@@ -170,7 +170,7 @@ def scheduled(net: Net, pairs: Pairs, watch: Watch) -> None:
     phases = {0: {"params": names, "max_transition_epoch": 1}}
     with tempfile.TemporaryDirectory() as folder:
         save = FTSCheckpoint(dirpath=folder, monitor=None, save_top_k=0, save_on_train_epoch_end=False)
-        phased = FinetuningScheduler(ft_schedule=phases, epoch_transitions_only=True)
+        phased = FinetuningScheduler(ft_schedule=phases, epoch_transitions_only=True, restore_best=False)
         trainer([phased, save, Steps(watch)], enable_checkpointing=True, default_root_dir=folder).fit(module, pairs)
 
 

@@ -67,6 +67,7 @@ def fit(
     methods: Sequence[Callback] = (),
     task_options: dict[str, Any] | None = None,
     resume: Path | None = None,
+    lr: float = 0.1,
     **options: Any,
 ) -> tuple[Classification, Trainer]:
     """Three epochs (a validation after each) of the last k stages, or of phases."""
@@ -74,7 +75,7 @@ def fit(
     task = Classification(
         backbone(),
         list(data.domains),
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        optimizer=lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9),
         **(task_options or {}),
     )
     trainer = Trainer(

@@ -41,7 +41,8 @@ def check(backbone: Backbone, cut: Cut, batch: Batch) -> None:
         ]  # fmt: skip
         for a, b in zip(*gradients, strict=True):
             assert (a is None) == (b is None)
-            assert a is None or torch.allclose(a, b, atol=1e-4 * float(a.abs().max()) + 1e-6)
+            # By norm: a rectifier near 0 may switch with a last bit (vgg, without any norm).
+            assert a is None or float((a - b).norm()) <= 1e-3 * float(a.norm()) + 1e-6
 
 
 def check_all(backbone: Backbone, batch: Batch) -> int:

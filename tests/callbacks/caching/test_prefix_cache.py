@@ -31,10 +31,10 @@ SCHEDULE = {0: 0, 6: 1, 12: 2, 18: 3}
 @pytest.mark.parametrize("phases", [0, 1, 2, SCHEDULE], ids=["probe", "last-1", "last-2", "schedule"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_weights_and_metrics_are_those_without_the_cache(images: Path, phases: Any, accumulation: int) -> None:
-    options = {"accumulate_grad_batches": accumulation}
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulation}
     if isinstance(phases, dict):
         phases = {step // accumulation: last for step, last in phases.items()}
-        options["max_epochs"] = 6
+        options |= {"max_epochs": 6, "lr": 0.02}  # at 0.1, 24 steps make 1e-7 of rounding into 1e-5
     plain, trainer = fit(image_data(images), phases, None, **options)
     caches = [PrefixCache(), PrefixCache()]
     for cache in caches:
