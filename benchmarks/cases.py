@@ -8,7 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +56,6 @@ def make(build: Build, data: DomainData, last: int | None) -> Classification:
 
 def quiet() -> None:
     """One thread, and no words from Lightning."""
-    warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "transformers", "finetuning_scheduler"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)

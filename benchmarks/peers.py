@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,16 @@ def hf(net: Net, pairs: Pairs, watch: Watch) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             watch.end()
 
-    class Given(Trainer):
-        def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(_Labeled(pairs), batch_size=None)
-
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, max_steps=len(pairs), use_cpu=True, report_to=[], logging_strategy="no", save_strategy="no",
-            disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant",
+            disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant", per_device_train_batch_size=1,
+            remove_unused_columns=False, dataloader_pin_memory=False,
         )  # fmt: skip
-        Given(_Loss(net), settings, callbacks=[Watched()], optimizers=(net.optimizer(), None)).train()
+        Trainer(
+            _Loss(net), settings, data_collator=itemgetter(0), train_dataset=_Labeled(pairs), callbacks=[Watched()],
+            optimizers=(net.optimizer(), None),
+        ).train()  # fmt: skip
 
 
 class _Labeled(torch.utils.data.IterableDataset[Any]):

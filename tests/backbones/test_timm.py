@@ -22,7 +22,7 @@ from crossft.errors import BackboneError, StageError
 @pytest.mark.parametrize("name", [*CHAINS, *WHOLES])
 def test_features_equal_those_of_timm(name: str) -> None:
     net = noised(tiny_timm(name)).eval()
-    x = images(net)["pixel_values"]
+    x = images(net)["pixel_values"].contiguous(memory_format=torch.channels_last)  # the layout that crossft runs in
     own = net.model.forward_features(x)
     assert torch.equal(net({"pixel_values": x}).features, net.model.forward_head(own, pre_logits=True))
 
@@ -140,7 +140,7 @@ def test_pooling_keeps_what_lies_behind_it(name: str) -> None:
 def test_tokens_of_a_map_run_row_by_row() -> None:
     for name in ("test_resnet", "swin_tiny_patch4_window7_224"):
         net = tiny_timm(name).eval()
-        x = images(net)
+        x = {k: v.contiguous(memory_format=torch.channels_last) for k, v in images(net).items()}
         grid, tokens = net.model.forward_features(x["pixel_values"]), net(x).tokens
         assert tokens is not None
         width = grid.shape[2] if name.startswith("swin") else grid.shape[3]

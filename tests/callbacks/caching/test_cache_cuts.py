@@ -41,8 +41,7 @@ def check(backbone: Backbone, cut: Cut, batch: Batch) -> None:
         ]  # fmt: skip
         for a, b in zip(*gradients, strict=True):
             assert (a is None) == (b is None)
-            # By norm: a rectifier near 0 may switch with a last bit (vgg, without any norm).
-            assert a is None or float((a - b).norm()) <= 1e-3 * float(a.norm()) + 1e-6
+            assert a is None or torch.allclose(a, b, atol=1e-4 * float(a.abs().max()) + 1e-6)
 
 
 def check_all(backbone: Backbone, batch: Batch) -> int:
@@ -60,8 +59,10 @@ def check_all(backbone: Backbone, batch: Batch) -> int:
 
 @pytest.mark.parametrize("name", [*CHAINS, *WHOLES])
 def test_vision(name: str) -> None:
-    backbone = noised(tiny_timm(name))
-    count = check_all(backbone, batch_of(images(backbone, 2)))
+    backbone, inputs = noised(tiny_timm(name)), images(tiny_timm(name), 2)
+    if name == "vgg11":  # without a norm, one rectifier that switches with a last bit shows in the gradients
+        backbone, inputs = backbone.double(), {k: v.double() for k, v in inputs.items()}
+    count = check_all(backbone, batch_of(inputs))
     assert count == (1 if name in WHOLES else 3 if len(backbone.stages) > 2 else 2)
 
 
