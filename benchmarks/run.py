@@ -23,10 +23,10 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
     "step": ("A step's own cost", "step_overhead.py --pairs 20 --steps 400"),
-    "start": ("Start to the first step", "start.py --pairs 5"),
+    "start": ("Start to the first step", "start.py --pairs 3"),
     "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 256 --texts 224 --rounds 2 --wall"),
-    "peers": ("Beside the peers", "peers.py --steps 6 --rounds 3 --starts 3 --wall"),
-    "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 3 --wall"),
+    "peers": ("Beside the peers", "peers.py --steps 6 --rounds 2 --starts 1 --wall"),
+    "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2 --wall"),
     "importance": ("Importance and penalties", "importance.py"),
 }
 HEAD = """# Benchmarks
