@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -70,7 +71,7 @@ class ConditionalAdversarial(LossTerm):
             self.register_buffer("project_features", torch.randn(num_features, random_dim))
             self.register_buffer("project_predictions", torch.randn(num_classes, random_dim))
         self.discriminator = discriminator(random_dim or num_features * num_classes, hidden, len(classes))
-        self._last: dict[str, Tensor] = {}
+        self._last: Callable[[], dict[str, Tensor]] = dict
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -89,12 +90,13 @@ class ConditionalAdversarial(LossTerm):
             joint = multilinear(features, g)
         weights = 1.0 + torch.exp(-entropy(logits)) if self.entropy else None
         loss, state = domain_loss(step, self.discriminator(joint), self.classes, weights)
-        self._last = {**state, "strength": loss.new_tensor(strength)}
+        device = step.batch.domains.device
+        self._last = lambda: {**state(), "strength": torch.tensor(strength, device=device)}
         return loss
 
     def logs(self) -> dict[str, Tensor]:
         """Balanced accuracy of the discriminator and against chance, its loss over log k, and lambda."""
-        return self._last
+        return self._last()
 
 
 class CDAN(MethodCallback):

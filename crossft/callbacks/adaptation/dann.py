@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from crossft.callbacks.adaptation.discriminator import check_hidden, discriminator, discriminator_classes, domain_loss
@@ -45,7 +48,7 @@ class DomainAdversarial(LossTerm):
         self.needs_stages = self.layer.stage
         self.needs_tokens = tokens and not self.needs_stages
         self.discriminator = discriminator(num_features, hidden, len(classes))
-        self._last: dict[str, Tensor] = {}
+        self._last: Callable[[], dict[str, Tensor]] = dict
 
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
         """Mean over the discriminator's classes of the mean cross-entropy of their rows; a scalar."""
@@ -53,12 +56,13 @@ class DomainAdversarial(LossTerm):
         value, mask = self.layer.tokens(step) if self.tokens else (self.layer.rows(step), None)
         logits = self.discriminator(reverse_gradient(value, strength))
         loss, state = domain_loss(step, logits, self.classes, mask=mask)
-        self._last = {**state, "strength": loss.new_tensor(strength)}
+        device = step.batch.domains.device
+        self._last = lambda: {**state(), "strength": torch.tensor(strength, device=device)}
         return loss
 
     def logs(self) -> dict[str, Tensor]:
         """Balanced accuracy of the discriminator and against chance, its loss over log k, and lambda."""
-        return self._last
+        return self._last()
 
 
 class DANN(MethodCallback):

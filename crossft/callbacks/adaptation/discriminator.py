@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def domain_loss(
     classes: list[Ids],
     weights: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
     """Cross-entropy of the discriminator, and how it fares; each class counts the same, whatever its rows.
 
     Args:
@@ -61,24 +62,43 @@ def domain_loss(
         mask: [b, n] real tokens, or None.
 
     Returns:
-        The mean over classes of the mean cross-entropy of their rows; and, detached, ``accuracy`` by the same mean,
-        ``above_chance`` (accuracy - 1/k) and ``loss_share``: the cross-entropy without weights over log k, 1 where
-        it cannot tell the classes apart.
+        The mean over classes of the mean cross-entropy of their rows; and what computes, for a step that is logged,
+        ``accuracy`` by the same mean, ``above_chance`` (accuracy - 1/k) and ``loss_share``: the cross-entropy without
+        weights over log k, 1 where it cannot tell the classes apart.
     """
     logits = upcast(logits)
-    loss = logits.sum() * 0.0
-    right = plain = loss.detach()
+    labels, shares = _labels(step, classes, logits)
+    if logits.ndim == 3:
+        each = labels[:, None].expand(logits.shape[:-1])
+        losses = F.cross_entropy(logits.flatten(0, 1), each.flatten(), reduction="none").view(each.shape)
+        losses = _over_tokens(losses, mask)
+    else:
+        each, losses = labels, F.cross_entropy(logits, labels, reduction="none")
+
+    def mean(values: Tensor) -> Tensor:
+        return (torch.where(shares > 0, values, 0.0) * shares).sum()
+
+    seen, plainly = logits.detach(), losses.detach()
+
+    def state() -> dict[str, Tensor]:
+        hits = (seen.argmax(-1) == each).to(seen.dtype)
+        right, k = mean(_over_tokens(hits, mask) if hits.ndim == 2 else hits), max(2, len(classes))
+        plain = mean(plainly)
+        return {"accuracy": right, "above_chance": right - 1 / k, "loss_share": plain / math.log(k)}
+
+    return mean(losses if weights is None else weights * losses), state
+
+
+def _labels(step: StepOutput, classes: list[Ids], like: Tensor) -> tuple[Tensor, Tensor]:
+    """[b] class of each row (0 where it has none), and [b] its part of the mean over classes of the means of rows."""
+    quota = step.batch.quota
+    labels, shares = [0] * (len(quota) + 1), [0.0] * (len(quota) + 1)  # the last is for padding rows, -1
     for index, ids in enumerate(classes):
-        labels = torch.full(logits.shape[:-1], index, device=logits.device)
-        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
-        hits = (logits.detach().argmax(-1) == index).to(logits.dtype)
-        if logits.ndim == 3:
-            losses, hits = _over_tokens(losses, mask), _over_tokens(hits, mask)
-        loss = loss + step.mean(losses if weights is None else weights * losses, ids) / len(classes)
-        right = right + step.mean(hits, ids) / len(classes)
-        plain = plain + step.mean(losses.detach(), ids) / len(classes)
-    k = max(2, len(classes))
-    return loss, {"accuracy": right, "above_chance": right - 1 / k, "loss_share": plain / math.log(k)}
+        share = 1.0 / (len(classes) * max(sum(quota[i] for i in ids), 1e-12))
+        for i in ids:
+            labels[i], shares[i] = index, share
+    domains = step.batch.domains
+    return torch.tensor(labels, device=like.device)[domains], like.new_tensor(shares)[domains]
 
 
 def _over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
