@@ -24,7 +24,7 @@ RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
     "step": ("A step's own cost", "step_overhead.py --pairs 20 --steps 400"),
     "start": ("Start to the first step", "start.py --pairs 3"),
-    "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 256 --texts 224 --rounds 2 --wall"),
+    "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 512 --texts 224 --rounds 2 --wall"),
     "peers": ("Beside the peers", "peers.py --steps 6 --rounds 2 --starts 1 --wall"),
     "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2 --wall"),
     "importance": ("Importance and penalties", "importance.py"),
@@ -55,7 +55,7 @@ def section(name: str) -> str:
     today = datetime.datetime.now(datetime.UTC).date()
     return (
         f"## {name}: {title}{verdict}\n\n{today}, {took:.0f} s. {machine()}\n\n    python benchmarks/{command}\n\n"
-        f"```\n{done.stdout.strip()}\n```\n"
+        f"```\n{done.stdout.strip(chr(10))}\n```\n"
     )
 
 

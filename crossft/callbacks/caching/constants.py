@@ -45,7 +45,7 @@ class _Network:
 class Constants:
     """Pooled features and stage outputs of constant networks, in stores of the prefix cache.
 
-    A network with the weights of a frozen prefix shares its stores. The first batch runs eight rows both ways, as for
+    A network with the weights of a frozen prefix shares its stores. The first batch runs four rows both ways, as for
     the prefix itself.
 
     Args:

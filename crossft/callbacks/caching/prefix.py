@@ -50,7 +50,7 @@ class PrefixCache(Callback):
 
     A value is found by what it was made of: weights, buffers, modes and settings of the prefix, sample, transform or
     token ids, precision. So later runs and arms with the same prefix read it, and another prefix never does. The
-    first batch at each cut runs eight rows both ways, in training and in evaluation; where the features differ by more
+    first batch at each cut runs four rows both ways, in training and in evaluation; where the features differ by more
     than 1e-4 of the largest (2e-2 under bfloat16) the full path is used and a warning says so.
 
     Args:

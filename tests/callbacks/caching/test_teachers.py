@@ -20,7 +20,7 @@ from crossft.callbacks.caching import PrefixCache
 from crossft.callbacks.retention import DELTA, FeatureDistillation, LwF
 from crossft.runs import stored_prefixes
 
-VERIFIED = 8 * 3
+VERIFIED = 4 * 3
 """Rows of the first batch that run both ways: in full, in two halves, and beside rows that the student has stored."""
 METHODS: dict[str, Callable[[], Any]] = {
     "lwf": lambda: LwF(weight=5.0, rows="all"),
