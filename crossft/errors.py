@@ -14,7 +14,8 @@
     │   └── UnsafeCheckpointError a checkpoint that asks for more than tensors and plain values
     ├── RunError                  a run folder: exists, is missing, or is in the wrong state
     ├── TrainingError             training that cannot go on (diverged, out of step)
-    └── Interrupted               training that stopped on a signal, after saving
+    ├── Interrupted               training that stopped on a signal, after saving
+    └── Pruned                    training that a search ended early
 """
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DataError",
     "Interrupted",
     "LabelError",
+    "Pruned",
     "RunError",
     "SplitError",
     "StageError",
@@ -84,3 +86,7 @@ class TrainingError(CrossftError, RuntimeError):
 
 class Interrupted(CrossftError):
     """Training stopped on a signal, after saving; ``crossft resume`` goes on."""
+
+
+class Pruned(CrossftError):
+    """A search ended this trial early, by its validation metric; nothing is wrong with it."""

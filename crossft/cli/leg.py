@@ -11,8 +11,17 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, FiniteCheck, Ledger, RunLog, load_checkpoint
+from crossft.callbacks.monitoring import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    FiniteCheck,
+    Ledger,
+    Pruning,
+    RunLog,
+    load_checkpoint,
+)
 from crossft.callbacks.monitoring.oracle import Oracle
+from crossft.callbacks.monitoring.scores import Scores
 from crossft.cli.before import keep_before, shared_before
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
@@ -20,7 +29,7 @@ from crossft.cli.parser import Settings
 from crossft.cli.progress import ProgressBar, progress
 from crossft.cli.results import final_metrics, finish, primary_of, write_calibrations, write_confusions
 from crossft.cli.selection import (
-    checked_select,
+    checked_metric,
     oracle_folder,
     oracle_metrics,
     remove_oracle_files,
@@ -28,8 +37,10 @@ from crossft.cli.selection import (
 )
 from crossft.cli.weights import load_weights
 from crossft.data import DomainData
-from crossft.errors import ConfigError, Interrupted
+from crossft.errors import ConfigError, Interrupted, Pruned
 from crossft.runs import RunFolder, higher_is_better, read_json, write_json
+from crossft.sweeps.early import EarlyTerminate
+from crossft.sweeps.study import TrialReports
 from crossft.tasks import Task
 
 __all__ = ["Leg", "build_methods", "build_task", "build_trainer", "measure"]
@@ -68,9 +79,9 @@ def measure(
 ) -> dict[str, float]:
     """Evaluate the task as it is: ``DOMAIN/SPLIT/METRIC`` of every domain that has labels there.
 
-    Of ``methods`` those take part that act at test time (Tent).
+    Of ``methods`` those take part that act at test time (Tent), or score without labels.
     """
-    acting = [m for m in methods if getattr(m, "acts_at_test", False)]
+    acting = [m for m in methods if getattr(m, "acts_at_test", False) or isinstance(m, Scores)]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = build_trainer(settings, logger=False, callbacks=acting, enable_checkpointing=False, **quiet)
     run = trainer.test if split == "test" else trainer.validate
@@ -101,13 +112,18 @@ class Leg:
     wandb: Any = None
 
     def run(self) -> None:
-        """Run the leg to its end; its summary says ``failed`` or ``interrupted`` where it does not get there."""
+        """Run the leg to its end; its summary says ``failed``, ``interrupted`` or ``pruned`` where it ends before."""
         started = time.monotonic()
         former = float(self.folder.summary().get("seconds") or 0.0)
         if self.launch.first:
             self.folder.write_summary(status="running", error=None)
         try:
             self._run()
+        except Pruned as end:
+            self._end("pruned", former + time.monotonic() - started, str(end))
+            if self.launch.first:
+                print(f"{end}\nrun folder: {self.folder.path}")
+            return
         except Interrupted as stop:
             self._end("interrupted", former + time.monotonic() - started, str(stop))
             raise
@@ -123,14 +139,15 @@ class Leg:
     def _end(self, status: str, seconds: float, error: str | None) -> None:
         if self.launch.first:
             self.folder.write_summary(status=status, seconds=round(seconds, 2), error=error)
-            close_wandb(self.wandb, self.folder.summary()["metrics"])
+            close_wandb(self.wandb, self.folder, self.settings.config.wandb)
 
     def _run(self) -> None:
         config = self.settings.config
         seed_everything(config.seed_everything, workers=True, verbose=False)
         task = build_task(self.settings, self.data)
         trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
-        select = checked_select(config.select.metric, task, self.data)
+        select = checked_metric("select", config.select.metric, task, self.data)
+        checked_metric("trial.metric", config.trial.metric, task, self.data)
         methods = build_methods(self.settings)
         before = self._before(task, trained) if config.before else {}
         self._fit(task, methods, select)
@@ -138,8 +155,9 @@ class Leg:
             select = None  # no choice was asked for, or the fit ended before any validation
         chosen = self.folder.last if select is None else self.folder.best
         load_weights(task, chosen)
+        validated = self._validated(task)
         after = measure(self.settings, task, self.data, methods=methods)
-        metrics = final_metrics(task.domains, before, after, config.before)
+        metrics: dict[str, float | None] = {**validated, **final_metrics(task.domains, before, after, config.before)}
         if config.select.oracle and self.launch.first:
             metrics |= oracle_metrics(self.folder, task, self.data, after, select)
         if self.launch.first:
@@ -173,16 +191,16 @@ class Leg:
         """Train to the end, from the start or from the checkpoint to resume."""
         config = self.settings.config
         seed_everything(config.seed_everything, workers=True, verbose=False)
-        first_step = load_checkpoint(self.resume)["global_step"] if self.resume is not None else 0
-        run_id = str(self.folder.summary().get("wandb_id"))
-        plain = self.settings.plain()
+        first_step, run_id = self._position()
         if self.launch.first:
-            self.wandb = wandb_logger(self.folder, config.wandb, run_id, plain)
+            plain, content = self.settings.plain(), self.data.fingerprint
+            self.wandb = wandb_logger(self.folder, config.wandb, run_id, plain, content)
         own: dict[str, Any] = dict(self.settings.build("trainer").trainer)
         bar = progress(own["enable_progress_bar"])
         chosen = [*_listed(own["callbacks"]), *methods]
-        chosen += scores_followed(select, task, self.data, chosen)
+        chosen += scores_followed(select, task, self.data, chosen, config.trial.metric)
         chosen += [Oracle(oracle_folder(self.folder))] if config.select.oracle else []
+        chosen += _pruning(config.trial)
         trainer = build_trainer(
             self.settings,
             logger=[RunLog(self.folder.path, first_step), *_listed(self.wandb), *_listed(own["logger"])],
@@ -216,6 +234,32 @@ class Leg:
                 f"epoch: {error}. Set it to at most that number, or to a share of an epoch (0.5), or set "
                 "trainer.check_val_every_n_epoch=null to count over epochs"
             ) from error
+
+    def _validated(self, task: Task) -> dict[str, float]:
+        """The chosen model on the validation splits: labeled domains, and the score without labels that chose it."""
+        config = self.settings.config
+        scores = scores_followed(config.select.metric, task, self.data, (), config.trial.metric)
+        if not scores and not any(row["val_labels"] for row in self.data.describe()):
+            return {}
+        return measure(self.settings, task, self.data, "val", scores)
+
+    def _position(self) -> tuple[int, str]:
+        """The optimizer step to begin at, and the run's W&B id: as the checkpoint says, where one is resumed."""
+        known = str(self.folder.summary().get("wandb_id"))
+        if self.resume is None:
+            return 0, known
+        saved = load_checkpoint(self.resume)
+        identity = saved["callbacks"].get("RunIdentity") or {}
+        return int(saved["global_step"]), str(identity.get("wandb_id") or known)
+
+
+def _pruning(trial: Any) -> list[Callback]:
+    """What ends the run early, where its search may."""
+    if trial.study is None:
+        return []
+    early = EarlyTerminate(**trial.early_terminate)
+    reports = TrialReports(Path(trial.storage), trial.study, int(trial.number), early)
+    return [Pruning(trial.metric, reports.worse)]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -30,9 +30,10 @@ from crossft.tasks.evaluation import display_names
 __all__ = ["Chain", "chosen_by_source", "prepared", "run", "source_settings"]
 
 NOT_TRAINED = (
-    "run", "wandb", "before", "experiment", "arm", "seed_everything", "checkpoints", "data.root", "data.num_workers",
-    "data.verify", "data.cache_images", "data.inputs", "trainer.logger", "trainer.enable_progress_bar",
-    "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler", "model.init_args.domains", "init",
+    "run", "wandb", "trial", "before", "experiment", "arm", "seed_everything", "checkpoints", "data.root",
+    "data.num_workers", "data.verify", "data.cache_images", "data.inputs", "trainer.logger",
+    "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler",
+    "model.init_args.domains", "init",
 )  # fmt: skip
 """Keys that do not change what is trained, or that stand in a run's id or hash by content: left out of the hash."""
 
@@ -53,8 +54,9 @@ def run(command: str, arguments: list[str]) -> int:
             "for other settings start a new run, with --init for the model"
         )
     folder = RunFolder.open(options.run)
-    if folder.summary()["status"] == "finished":
-        print(f"{folder.path} is finished: nothing to resume")
+    status = folder.summary()["status"]
+    if status in ("finished", "pruned"):
+        print(f"{folder.path} is {status}: nothing to resume")
         return 0
     if not folder.config.is_file():
         raise RunError(f"{folder.config} is missing: the run never began; remove the folder and start it again")
@@ -84,6 +86,7 @@ def source_settings(settings: Settings) -> Settings:
     plain["data"] |= {"validation_from_labels": False, "mix": None, "epoch": "longest", "train_on": "source"}
     plain |= {"methods": {}, "init": None, "arm": "source"}
     plain["select"] = {"metric": None, "oracle": False}
+    plain["trial"] = {}
     merged = _merged(plain, overrides)
     merged["data"] |= {"target": None, "train_on": "source"}
     merged["run"]["dir"] = None

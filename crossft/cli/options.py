@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["CheckpointOptions", "RunOptions", "SelectOptions", "WandbOptions"]
+__all__ = ["CheckpointOptions", "RunOptions", "SelectOptions", "TrialOptions", "WandbOptions"]
 
 
 @dataclass
@@ -52,17 +52,39 @@ class SelectOptions:
 
 
 @dataclass
+class TrialOptions:
+    """The trial of a search that this run belongs to; ``crossft sweep run`` sets it.
+
+    Attributes:
+        metric: what the search reads; a validation metric is checked to be there before training starts.
+        storage: the search's file, where this run reports to it after every validation.
+        study: the trial's study.
+        number: the trial's number in it.
+        early_terminate: how the search ends trials early.
+    """
+
+    metric: str | None = None
+    storage: str | None = None
+    study: str | None = None
+    number: int | None = None
+    early_terminate: dict[str, Any] | None = None
+
+
+@dataclass
 class WandbOptions:
     """The W&B run of this run.
 
     Attributes:
         mode: ``auto`` is online where a key is configured (WANDB_API_KEY or ~/.netrc), offline otherwise.
-        project: default: the experiment's name.
+        project: default: ``crossft``.
         entity: the W&B user or team; default: that of the key.
-        group: runs shown together; default: the arm.
+        group: runs shown together; default: the experiment.
+        checkpoints: ``reference`` notes the path and the hash of the last and the best checkpoint, and sends no file;
+            ``upload`` stores the files; ``none`` leaves them out.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str | None = None
     entity: str | None = None
     group: str | None = None
+    checkpoints: Literal["reference", "upload", "none"] = "reference"

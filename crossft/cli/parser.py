@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from crossft.cli.checks import check_run
-from crossft.cli.options import CheckpointOptions, RunOptions, SelectOptions, WandbOptions
+from crossft.cli.options import CheckpointOptions, RunOptions, SelectOptions, TrialOptions, WandbOptions
 from crossft.cli.safety import check_values, deny_by_default, take_allowed
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError, UnsafeConfigError
@@ -142,6 +142,7 @@ class Settings(LightningCLI):
         parser.add_class_arguments(SelectOptions, "select")
         parser.add_class_arguments(CheckpointOptions, "checkpoints")
         parser.add_class_arguments(WandbOptions, "wandb")
+        parser.add_class_arguments(TrialOptions, "trial")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, turning every failure into one of our errors."""

@@ -21,44 +21,48 @@ from crossft.metrics import domain_metrics, primary_metric
 from crossft.runs import RunFolder, gain, higher_is_better, read_metrics, write_atomic
 from crossft.tasks import Task
 
-__all__ = ["checked_select", "oracle_folder", "oracle_metrics", "remove_oracle_files", "scores_followed"]
+__all__ = ["checked_metric", "oracle_folder", "oracle_metrics", "remove_oracle_files", "scores_followed"]
 
 
-def checked_select(select: str | None, task: Task, data: DomainData) -> str | None:
-    """The metric that chooses the checkpoint.
+def checked_metric(key: str, metric: str | None, task: Task, data: DomainData) -> str | None:
+    """The validation metric that chooses the checkpoint (``select``), or that a search reads (``trial.metric``).
 
     Raises:
         ConfigError: validation does not measure it.
     """
-    if select is None:
+    if metric is None or (key == "trial.metric" and "/val/" not in metric):
         return None
     names = task.evaluation.names
     labeled = {row["domain"] for row in data.describe() if row["val_labels"]}
     known = [
-        f"{names[d.name]}/val/{metric}"
+        f"{names[d.name]}/val/{name}"
         for d, metrics in zip(task.domains, task.evaluation.metrics, strict=True)
         if d.name in labeled
-        for metric in ["loss", *metrics.keys()]  # type: ignore[operator]
+        for name in ["loss", *metrics.keys()]  # type: ignore[operator]
     ]
     known += score_keys(task, data)
-    if select not in known:
+    if metric not in known:
+        instead = ", or null for the last checkpoint" if key == "select" else ""
         raise ConfigError(
-            f"select={select!r} is not measured in validation; allowed: {', '.join(known) or 'nothing'}, or null "
-            "for the last checkpoint. A target without validation labels cannot choose by them "
+            f"{key}={metric!r} is not measured in validation; allowed: {', '.join(known) or 'nothing'}{instead}. "
+            "A target without validation labels cannot choose by them "
             "(data.validation_from_labels=true takes some of its shots for that)"
         )
-    return select
+    return metric
 
 
-def scores_followed(select: str | None, task: Task, data: DomainData, callbacks: Sequence[Callback]) -> list[Callback]:
+def scores_followed(
+    select: str | None, task: Task, data: DomainData, callbacks: Sequence[Callback], searched: str | None = None
+) -> list[Callback]:
     """The callback that logs the label-free scores which selection, callbacks or the schedule follow; none if none do.
 
     Args:
         select: the metric that chooses the checkpoint.
         task, data: of the run.
         callbacks: all of the run; what they follow is their ``monitor``.
+        searched: the metric that a search reads.
     """
-    followed = {select, *(getattr(c, "monitor", None) for c in (*callbacks, task.schedule))}
+    followed = {select, searched, *(getattr(c, "monitor", None) for c in (*callbacks, task.schedule))}
     wanted = {name for key, name in score_keys(task, data).items() if key in followed}
     for callback in callbacks:
         if isinstance(callback, Scores):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,33 +13,44 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crossft.cli.agent import register, start
+from crossft.cli.trials import clock, print_best, print_search
 from crossft.errors import ConfigError
 from crossft.runs import higher_is_better, write_atomic
 from crossft.sweeps.file import read_sweep
 from crossft.sweeps.local import Local, Outcome
-from crossft.sweeps.plan import Plan, make_plan
+from crossft.sweeps.plan import Cost, Plan, make_plan, measured_costs
 from crossft.sweeps.progress import SweepProgress
+from crossft.sweeps.search import Search, SearchPlan, make_search
 from crossft.sweeps.state import State, state_of
 
 if TYPE_CHECKING:
     from crossft.reports.tables import ArmTable
 
-__all__ = ["close", "print_plan", "report", "run"]
+__all__ = ["close", "print_plan", "report", "run", "search"]
 
 _DESCRIPTION = """Run every arm and seed of a sweep file. plan checks every config and prints what would run;
 run does it, and goes on where it was stopped: finished runs are kept, unfinished ones resumed.
+wandb registers the sweep with W&B and prints the command of its agents, which start agent FILE ARGUMENTS for a run.
 Flags of the config after the file, as in --data.root=DIR, hold for every run."""
 
 
 def run(command: str, arguments: list[str]) -> int:
     """Plan or run a sweep; 1 where a run failed or was stopped."""
     options, flags = _options(arguments)
-    plan = make_plan(read_sweep(options.file, flags), options.allow)
+    asked = flags.pop(0) if options.what == "agent" and flags else ""
+    sweep = read_sweep(options.file, flags)
+    if options.what == "wandb":
+        return register(sweep, flags, options.allow)
+    if options.what == "agent":
+        return start(sweep, Path(asked), options.allow)
+    if sweep.method == "bayes":
+        return search(make_search(sweep, options.allow), options)
+    plan = make_plan(sweep, options.allow)
     if options.what == "plan":
-        print_plan(plan, options.slots)
+        print_plan(plan, options.slots, measured_costs(plan.runs) if options.measure else None)
         return 0
-    gpus = [int(number) for number in options.gpus.split(",")] if options.gpus else None
-    local = Local(plan, options.slots, options.threads, gpus, options.retry)
+    local = Local(plan, options.slots, options.threads, _gpus(options), options.retry)
     done = sum(state_of(r.folder) is State.FINISHED for r in plan.runs)
     print(f"{len(plan.runs)} runs, {done} finished; {options.slots} at a time with {local.threads} threads each")
     with SweepProgress(len(plan.runs)) as progress:
@@ -48,14 +59,45 @@ def run(command: str, arguments: list[str]) -> int:
     return close(outcomes)
 
 
+def search(plan: SearchPlan, options: argparse.Namespace) -> int:
+    """Plan or run a search; 1 where a trial failed or was stopped."""
+    if options.what == "plan":
+        print_search(plan, options.slots, options.measure)
+        return 0
+    supply = Search(plan, options.retry)
+    try:
+        local = Local(
+            Plan(plan.sweep, (), {}, plan.root),
+            options.slots,
+            options.threads,
+            _gpus(options),
+            options.retry,
+            supply=supply,
+        )
+        left = supply.trials_left
+        print(f"{left} trials are left; {options.slots} runs at a time with {local.threads} threads each")
+        with SweepProgress(left * plan.runs_each) as progress:
+            outcomes = local.run(progress)
+    finally:
+        supply.close()
+    report(plan.plan())
+    print_best(plan)
+    return close(outcomes)
+
+
+def _gpus(options: argparse.Namespace) -> list[int] | None:
+    return [int(number) for number in options.gpus.split(",")] if options.gpus else None
+
+
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser("crossft sweep", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("what", choices=("plan", "run"))
+    parser.add_argument("what", choices=("plan", "run", "wandb", "agent"))
     parser.add_argument("file", type=Path, help="the sweep file")
     parser.add_argument("--slots", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--threads", type=int, help="threads of each run (cores / slots)")
     parser.add_argument("--gpus", help="CUDA device numbers for the slots, as in 0,1,2")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
+    parser.add_argument("--measure", action="store_true", help="plan: train a few steps of every arm to know the cost")
     parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="as for crossft fit")
     options, flags = parser.parse_known_args(arguments)
     if options.slots < 1:
@@ -65,8 +107,11 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, flags
 
 
-def print_plan(plan: Plan, slots: int) -> None:
-    """Print the arms with their differences and states, the number of runs and source legs, and what is left to do."""
+def print_plan(plan: Plan, slots: int, measured: Mapping[str, Cost] | None = None) -> None:
+    """Print the arms with their differences and states, the number of runs and source legs, and what is left to do.
+
+    ``measured`` is what a run of each arm is expected to cost, where that was measured.
+    """
     console = Console(highlight=False)
     table = Table(box=SIMPLE_HEAD)
     for name in ("arm", "runs", f"difference to {plan.base}"):
@@ -82,16 +127,10 @@ def print_plan(plan: Plan, slots: int) -> None:
     sources = plan.sources()
     if sources:
         console.print(f"{len(sources)} source legs are fitted once each, for {sum(sources.values())} runs")
-    seconds = plan.seconds_left()
-    cost = "unknown until a run has finished" if seconds is None else f"{_clock(seconds)} of runs"
-    at_a_time = f", about {_clock(seconds / slots)} with {slots} at a time" if seconds and slots > 1 else ""
+    seconds = plan.seconds_left(measured)
+    cost = "unknown until a run has finished, or --measure" if seconds is None else f"{clock(seconds)} of runs"
+    at_a_time = f", about {clock(seconds / slots)} with {slots} at a time" if seconds and slots > 1 else ""
     console.print(f"left to do: {cost}{at_a_time}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def report(plan: Plan) -> None:
@@ -113,7 +152,8 @@ def report(plan: Plan) -> None:
     tables = [*compare(records, baseline, columns or None), *overall(records, baseline, columns or None)]
     for table in tables:
         Console(highlight=False).print(table.rich())
-        _print_best(table, metric)
+        if plan.sweep.method != "bayes":
+            _print_best(table, metric)
     for suffix, form in ((".md", "markdown"), (".csv", "csv")):
         write_atomic(plan.root / f"comparison{suffix}", "\n".join(getattr(t, form)() for t in tables))
     drawn = [(title, runs) for title, runs in groups(leaves(records)) if (runs["status"] == "finished").any()]
@@ -135,7 +175,7 @@ def _print_best(table: ArmTable, metric: str | None) -> None:
 
 def close(outcomes: Sequence[Outcome]) -> int:
     """Say which runs are not finished, and why; return the exit code."""
-    wrong = [o for o in outcomes if o.state is not State.FINISHED]
+    wrong = [o for o in outcomes if not o.state.ended]
     for outcome in wrong:
         word = "failed" if outcome.state is State.FAILED else "stopped"
         print(f"{word}: {outcome.run.name}: {outcome.reason}\n  log: {outcome.run.log}")

@@ -14,7 +14,7 @@ __all__ = ["SCHEMA", "RunFolder"]
 SCHEMA = 1
 """Version of ``summary.json``. It grows by new fields; the number changes when an old field changes its meaning."""
 
-STATUSES = ("running", "finished", "failed", "interrupted")
+STATUSES = ("running", "finished", "failed", "interrupted", "pruned")
 _EMPTY: dict[str, Any] = {
     "schema": SCHEMA,
     "status": "running",
@@ -91,8 +91,8 @@ class RunFolder:
 
     def _taken(self) -> str:
         status = self.summary().get("status") if self.summary_file.exists() else "running"
-        if status == "finished":
-            return f"{self.path} holds a finished run; choose another folder with --run.dir, or remove this one"
+        if status in ("finished", "pruned"):
+            return f"{self.path} holds a {status} run; choose another folder with --run.dir, or remove this one"
         return (
             f"{self.path} holds an unfinished run (status {status}); continue it with "
             f"`crossft resume {self.path}`, or choose another folder with --run.dir"
@@ -139,7 +139,7 @@ class RunFolder:
         ``metrics`` is merged key by key, every other field is replaced. Fields beyond schema 1 are kept as given.
 
         Raises:
-            ConfigError: ``status`` is none of running, finished, failed, interrupted.
+            ConfigError: ``status`` is none of running, finished, failed, interrupted, pruned.
         """
         old = self.summary() if self.summary_file.exists() else {**_EMPTY, "metrics": {}}
         merged = {**old, **fields, "schema": SCHEMA}

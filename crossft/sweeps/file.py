@@ -12,15 +12,16 @@ import yaml
 
 from crossft.errors import ConfigError
 from crossft.runs import higher_is_better
+from crossft.sweeps.early import EarlyTerminate, check_search, read_early_terminate
 from crossft.sweeps.parameters import Parameter, read_parameters
 
 __all__ = ["SweepFile", "flags_of", "flat", "read_sweep"]
 
 KEYS = (
     "config", "experiment", "description", "method", "run_cap", "metric", "seeds", "baseline",
-    "parameters", "arms", "leave_one_out", "add_one_in",
+    "parameters", "arms", "leave_one_out", "add_one_in", "early_terminate",
 )  # fmt: skip
-RESERVED = ("arm", "experiment", "seed_everything", "run", "config", "data.seed")
+RESERVED = ("arm", "experiment", "seed_everything", "run", "config", "data.seed", "trial")
 """Keys that the sweep sets itself for every run."""
 
 
@@ -32,16 +33,19 @@ class SweepFile:
         path: the file.
         experiment: name of the comparison; the file's own name by default.
         config: the base config file.
-        method: ``grid`` (every combination) or ``random`` (``run_cap`` draws).
-        run_cap: number of draws; each runs with every arm and seed. 0 for a grid.
+        method: ``grid`` (every combination), ``random`` (``run_cap`` draws), or ``bayes`` (a search of ``run_cap``
+            trials for each arm).
+        run_cap: number of draws or trials; each runs with every seed. 0 for a grid.
         metric: key of the metric that ranks the arms, as in ``summary.json``, or None.
+        oracle: whether the file says that a search may read test labels.
+        early_terminate: how a search ends trials early, or None.
         seeds: the runs' seeds.
         baseline: the arm that others are compared with, or None.
         fixed: overrides that every run has: ``value`` parameters, and the flags of the command line.
         parameters: what is varied.
         arms: overrides of the named arms, in order.
         methods: the methods of the base, in order.
-        added: those of them that the fixed values alone switch on.
+        added: methods that the fixed values or the parameters alone switch on.
         leave_one_out, add_one_in: whether arms are made of the methods so.
     """
 
@@ -51,6 +55,8 @@ class SweepFile:
     method: str = "grid"
     run_cap: int = 0
     metric: str | None = None
+    oracle: bool = False
+    early_terminate: EarlyTerminate | None = None
     seeds: tuple[int, ...] = (0,)
     baseline: str | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -77,28 +83,28 @@ def read_sweep(path: Path | str, flags: Sequence[str] = ()) -> SweepFile:
     config = _config(path, given.get("config"))
     method, run_cap = _method(path, given)
     parameters = read_parameters(given.get("parameters") or {}, f"{path}: parameters")
-    fixed = flat({p.key: p.values[0] for p in parameters if p.distribution == "constant" and p.arms is None})
-    fixed |= flags_of(flags)
-    varied = tuple(p for p in parameters if (p.distribution != "constant" or p.arms) and p.key not in fixed)
+    always = [p for p in parameters if p.distribution == "constant" and p.arms is None and not p.when]
+    fixed = flat({p.key: p.values[0] for p in always}) | flags_of(flags)
+    varied = tuple(p for p in parameters if p not in always and p.key not in fixed)
     named = _mapping(path, "arms", given.get("arms"))
     arms = {str(name): flat(_mapping(path, f"arms.{name}", overrides)) for name, overrides in named.items()}
     _check_keys(path, [*fixed, *(p.key for p in varied), *(key for arm in arms.values() for key in arm)])
     _check_grid(path, method, varied)
     own = _methods(flat({"methods": _yaml(config).get("methods") or {}}))
     return SweepFile(
+        **_searched(path, given, method, varied),
         path=path,
         experiment=str(given.get("experiment") or path.stem),
         config=config,
         method=method,
         run_cap=run_cap,
-        metric=_metric(path, given.get("metric")),
         seeds=_seeds(path, given.get("seeds", 1)),
         baseline=given.get("baseline"),
         fixed=fixed,
         parameters=varied,
         arms=arms,
         methods=tuple(dict.fromkeys([*own, *_methods(fixed)])),
-        added=frozenset(_methods(fixed)) - set(own),
+        added=frozenset(_methods(fixed) + _methods_of(varied)) - set(own),
         leave_one_out=_of_methods(path, given, "leave_one_out"),
         add_one_in=_of_methods(path, given, "add_one_in"),
     )
@@ -173,12 +179,16 @@ def _config(path: Path, name: Any) -> Path:
 
 def _method(path: Path, given: Mapping[str, Any]) -> tuple[str, int]:
     method, cap = given.get("method", "grid"), given.get("run_cap")
-    if method not in ("grid", "random"):
-        raise ConfigError(f"{path}: method={method!r} must be grid or random")
+    if method not in ("grid", "random", "bayes"):
+        raise ConfigError(f"{path}: method={method!r} must be grid, random or bayes")
     if method == "grid" and cap is not None:
-        raise ConfigError(f"{path}: run_cap={cap!r} is the number of draws of `method: random`; remove it for a grid")
-    if method == "random" and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
-        raise ConfigError(f"{path}: run_cap={cap!r} must be the number of draws, 1 or more, of `method: random`")
+        raise ConfigError(
+            f"{path}: run_cap={cap!r} is the number of draws of `method: random`, or of trials of `method: bayes`; "
+            "remove it for a grid"
+        )
+    if method != "grid" and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
+        what = "draws" if method == "random" else "trials"
+        raise ConfigError(f"{path}: run_cap={cap!r} must be the number of {what}, 1 or more, of `method: {method}`")
     return method, int(cap or 0)
 
 
@@ -188,16 +198,29 @@ def _mapping(path: Path, name: str, value: Any) -> Mapping[str, Any]:
     return value or {}
 
 
-def _metric(path: Path, given: Any) -> str | None:
+def _metric(path: Path, given: Any) -> tuple[str | None, bool]:
+    """The metric's key, and whether a search by test labels is asked for."""
     if given is None:
-        return None
-    if not isinstance(given, Mapping) or set(given) - {"name", "goal"} or not isinstance(given.get("name"), str):
+        return None, False
+    if not isinstance(given, Mapping) or "name" not in given or not set(given) <= {"name", "goal", "oracle"}:
         raise ConfigError(f"{path}: metric={given!r} must be {{name: KEY, goal: maximize|minimize}}")
-    name = str(given["name"])
+    name, oracle = str(given["name"]), given.get("oracle", False)
     right = "maximize" if higher_is_better(name) else "minimize"
     if given.get("goal", right) != right:
         raise ConfigError(f"{path}: metric.goal={given['goal']!r}: the goal of {name} is {right}")
-    return name
+    if not isinstance(oracle, bool):
+        raise ConfigError(f"{path}: metric.oracle={oracle!r} must be true or false")
+    return name, oracle
+
+
+def _searched(path: Path, given: Mapping[str, Any], method: str, varied: Sequence[Parameter]) -> dict[str, Any]:
+    """What is searched, and how; checked together."""
+    metric, oracle = _metric(path, given.get("metric"))
+    early = read_early_terminate(given.get("early_terminate"), f"{path}: early_terminate")
+    check_search(path, method, metric, oracle, early, varied)
+    if method == "bayes" and given.get("baseline") is not None:
+        raise ConfigError(f"{path}: baseline={given['baseline']!r}: in a search every trial is an arm; remove it")
+    return {"metric": metric, "oracle": oracle, "early_terminate": early}
 
 
 def _seeds(path: Path, given: Any) -> tuple[int, ...]:
@@ -226,7 +249,7 @@ def _check_grid(path: Path, method: str, parameters: Sequence[Parameter]) -> Non
         if method == "grid" and not parameter.values:
             raise ConfigError(
                 f"{path}: parameters.{parameter.key}: a grid needs value or values; "
-                f"to draw from {parameter.distribution} use `method: random`"
+                f"to draw from {parameter.distribution} use `method: random` or `method: bayes`"
             )
 
 
@@ -234,3 +257,8 @@ def _methods(overrides: Mapping[str, Any]) -> list[str]:
     """Names of the methods that dotted overrides give a class."""
     keys = [key.split(".") for key, value in overrides.items() if value not in (None, {})]
     return [key[1] for key in keys if key[0] == "methods" and len(key) == 2]
+
+
+def _methods_of(parameters: Sequence[Parameter]) -> list[str]:
+    """Names of the methods that a parameter switches."""
+    return [p.key.split(".")[1] for p in parameters if p.key.startswith("methods.") and p.key.count(".") == 1]

@@ -25,7 +25,7 @@ from crossft.errors import ConfigError, Interrupted, RunError
 from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.state import State, clear, reason, source_finished, state_of, tail
 
-__all__ = ["Local", "Outcome", "Watcher", "cores"]
+__all__ = ["Local", "Outcome", "Supply", "Watcher", "cores", "locked"]
 
 STOPPED = 143
 """Exit code of a run that saved and stopped on a signal."""
@@ -39,7 +39,7 @@ class Outcome:
 
     Attributes:
         run: the run.
-        state: finished, failed, or unfinished where it was stopped or killed.
+        state: finished, failed, pruned, or unfinished where it was stopped or killed.
         reason: why, where it is not finished.
         seconds: since this sweep started it; 0 where it was finished before.
     """
@@ -63,6 +63,16 @@ class Watcher(Protocol):
         """Called a few times a second."""
 
 
+class Supply(Protocol):
+    """Gives runs that no plan can list: each depends on how others ended."""
+
+    def next(self) -> Run | None:
+        """The next run for a free slot; None where there is none now."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """A run ended, or was found ended."""
+
+
 @dataclass
 class _Active:
     run: Run
@@ -81,6 +91,7 @@ class Local:
         gpus: CUDA device numbers, dealt out to the slots; None leaves CUDA_VISIBLE_DEVICES as it is.
         retry: run failed arms again, from their last checkpoint where there is one.
         program: the command line; by default ``python -m crossft.cli``.
+        supply: runs beside those of the plan, asked for when a slot is free and no run is waiting.
 
     Raises:
         ConfigError: ``slots`` or ``threads`` below 1.
@@ -94,10 +105,11 @@ class Local:
         gpus: Sequence[int] | None = None,
         retry: bool = False,
         program: Sequence[str] | None = None,
+        supply: Supply | None = None,
     ) -> None:
         if slots < 1 or (threads is not None and threads < 1):
             raise ConfigError(f"slots={slots}, threads={threads}: both must be at least 1")
-        self.plan, self.slots, self.retry = plan, slots, retry
+        self.plan, self.slots, self.retry, self.supply = plan, slots, retry, supply
         self.threads = threads or max(1, cores() // slots)
         self.gpus = list(gpus or [])
         self.program = [*(program or [sys.executable, "-m", "crossft.cli"])]
@@ -109,7 +121,7 @@ class Local:
         self._stopped = 0
 
     def run(self, watcher: Watcher) -> list[Outcome]:
-        """Run what is left, and return what became of every run, in the plan's order.
+        """Run what is left, and return what became of every run: in the plan's order, then in order of their end.
 
         Raises:
             Interrupted: on SIGINT, SIGTERM or SIGHUP, after the runs have saved and stopped.
@@ -117,6 +129,7 @@ class Local:
         self.plan.root.joinpath("logs").mkdir(parents=True, exist_ok=True)
         self._pass_over_finished(watcher)
         with self._signals():
+            self._fill(watcher)
             while self._waiting or self._active or self._elsewhere:
                 if self._stopped:
                     self._stop(watcher)
@@ -124,7 +137,8 @@ class Local:
                 self._fill(watcher)
                 watcher.tick([(slot, active.run) for slot, active in self._active.items()])
                 time.sleep(_POLL)
-        return [self._outcomes[run.folder.path] for run in self.plan.runs]
+        planned = [self._outcomes.pop(run.folder.path) for run in self.plan.runs]
+        return planned + list(self._outcomes.values())
 
     def _pass_over_finished(self, watcher: Watcher) -> None:
         for run in list(self._waiting):
@@ -143,10 +157,11 @@ class Local:
                 del self._elsewhere[run.folder.path]
                 self._try(run, watcher)
         while len(self._active) + len(self._elsewhere) < self.slots and not self._stopped:
-            chosen = self._next()
+            chosen = self._next() or self._supplied()
             if chosen is None:
                 return
-            self._waiting.remove(chosen)
+            if chosen in self._waiting:
+                self._waiting.remove(chosen)
             self._try(chosen, watcher)
 
     def _next(self) -> Run | None:
@@ -161,16 +176,19 @@ class Local:
         leaders = [run for run in needs if run.source not in fitting]
         return next(iter(leaders + free), None)
 
+    def _supplied(self) -> Run | None:
+        return None if self.supply is None or self._waiting else self.supply.next()
+
     # -- one run ------------------------------------------------------------------------------------------------
 
     def _try(self, run: Run, watcher: Watcher) -> None:
         """Start a run under its lock, unless another process has it or nothing is left to do."""
-        lock = _locked(run.log.with_suffix(".lock"))
+        lock = locked(run.log.with_suffix(".lock"))
         if lock is None:
             self._elsewhere[run.folder.path] = (run, time.monotonic())
             return
         state = state_of(run.folder)
-        if state is State.FINISHED or (state is State.FAILED and not self.retry):
+        if state.ended or (state is State.FAILED and not self.retry):
             os.close(lock)
             why = "" if state is State.FINISHED else reason(run.folder, run.log)
             self._end(Outcome(run, state, why), None, watcher)
@@ -220,6 +238,8 @@ class Local:
     def _end(self, outcome: Outcome, slot: int | None, watcher: Watcher) -> None:
         self._outcomes[outcome.run.folder.path] = outcome
         watcher.ended(outcome, slot)
+        if self.supply is not None:
+            self.supply.ended(outcome)
 
     # -- stopping -----------------------------------------------------------------------------------------------
 
@@ -249,6 +269,8 @@ class Local:
                 os.killpg(active.process.pid, signal.SIGKILL)  # its session: other ranks, loaders of data
             active.process.wait()
         self._reap(watcher)
+        if self.supply is not None:
+            raise Interrupted("the search was stopped; the same command goes on with it")
         left = len(self.plan.runs) - sum(o.state is not State.UNFINISHED for o in self._outcomes.values())
         raise Interrupted(f"the sweep was stopped, {left} runs are left; the same command goes on with them")
 
@@ -258,7 +280,7 @@ def _judge(run: Run, code: int) -> tuple[State, str]:
     state = state_of(run.folder)
     if state is State.FINISHED and code == 0:
         return state, ""
-    if state is State.FAILED:
+    if state in (State.FAILED, State.PRUNED):
         return state, reason(run.folder, run.log)
     if code == STOPPED or code < 0:
         why = "stopped by a signal" if code == STOPPED else f"killed by {_signal_name(-code)}"
@@ -279,11 +301,11 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _locked(path: Path) -> int | None:
-    """Take the lock of a run; None where another process has it."""
+def locked(path: Path, wait: bool = False) -> int | None:
+    """Take the lock of a run, and return its descriptor; None where another process has it and ``wait`` is false."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(descriptor)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from crossft.errors import ConfigError
 
-__all__ = ["Parameter", "read_parameters"]
+__all__ = ["Parameter", "as_text", "read_parameters"]
 
 _WORDS = {
     "categorical": ("values", "probabilities"),
@@ -38,6 +39,7 @@ class Parameter:
         values: what it takes, where they are listed.
         settings: ``min``, ``max``, ``q``, ``mu``, ``sigma``, ``probabilities`` as given, with W&B's defaults.
         arms: the arms it applies to; None: all.
+        when: other keys with the values, as text, that they must have for this one to apply.
     """
 
     key: str
@@ -45,6 +47,17 @@ class Parameter:
     values: tuple[Any, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     arms: tuple[str, ...] | None = None
+    when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str | None:
+        """Name of the method whose argument this is; None where it is none's."""
+        parts = self.key.split(".")
+        return parts[1] if parts[0] == "methods" and len(parts) > 2 else None
+
+    def applies(self, overrides: Mapping[str, Any]) -> bool:
+        """Whether the keys in ``when`` have one of their values among ``overrides``."""
+        return all(key in overrides and as_text(overrides[key]) in values for key, values in self.when.items())
 
     def draw(self, index: int) -> Any:
         """The value of draw ``index``: a function of key and index alone, so that more draws keep the former ones."""
@@ -53,12 +66,15 @@ class Parameter:
             return source.choices(self.values, self.settings.get("probabilities"))[0]
         if self.distribution == "int_uniform":
             return source.randint(self.settings["min"], self.settings["max"])
-        value = self._continuous(source)
-        if self.distribution.startswith("q_"):
-            q = self.settings["q"]
-            value = round(value / q) * q
-            return int(value) if isinstance(q, int) else value
-        return value
+        return self.quantized(self._continuous(source))
+
+    def quantized(self, value: float) -> Any:
+        """The nearest multiple of ``q``; the value itself where the distribution has none."""
+        if not self.distribution.startswith("q_"):
+            return value
+        q = self.settings["q"]
+        multiple = round(value / q) * q
+        return int(multiple) if isinstance(q, int) else multiple
 
     def _continuous(self, source: random.Random) -> float:
         name, given = self.distribution.removeprefix("q_"), self.settings
@@ -102,16 +118,31 @@ def _parameter(key: str, words: dict[str, Any], where: str) -> Parameter:
     arms = words.pop("arms", None)
     if arms is not None and (not isinstance(arms, list) or not arms):
         raise ConfigError(f"{where}.arms={arms!r} must be a list of names of arms; leave it out for all")
+    when = _conditions(words.pop("when", {}), f"{where}.when")
     name = words.pop("distribution", None) or _implied(words, where)
     if name not in _WORDS:
         raise ConfigError(f"{where}.distribution={name!r} is none of {', '.join(_WORDS)}")
     unknown = sorted(set(words) - set(_WORDS[name]))
     if unknown:
-        raise ConfigError(f"{where}.{unknown[0]}: {name} takes {', '.join((*_WORDS[name], 'arms'))}")
+        raise ConfigError(f"{where}.{unknown[0]}: {name} takes {', '.join((*_WORDS[name], 'arms', 'when'))}")
     settings = {w: words.get(w, _DEFAULTS.get(w)) for w in _WORDS[name] if w not in ("value", "values")}
     values = [words["value"]] if "value" in words else words.get("values", [])
     _check(name, values, settings, where)
-    return Parameter(key, name, tuple(values), settings, tuple(arms) if arms is not None else None)
+    return Parameter(key, name, tuple(values), settings, tuple(arms) if arms is not None else None, when)
+
+
+def as_text(value: Any) -> str:
+    """A value as it stands on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _conditions(given: Any, where: str) -> dict[str, tuple[str, ...]]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"{where}={given!r} must map keys to a value or a list of values, as in {{model.optimizer: SGD}}"
+        )
+    listed = {str(key): value if isinstance(value, list) else [value] for key, value in given.items()}
+    return {key: tuple(map(as_text, values)) for key, values in listed.items()}
 
 
 def _implied(words: Mapping[str, Any], where: str) -> str:

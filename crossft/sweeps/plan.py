@@ -18,7 +18,7 @@ from crossft.sweeps.arms import Arm, arguments, expand
 from crossft.sweeps.file import SweepFile
 from crossft.sweeps.state import State, state_of
 
-__all__ = ["Plan", "Run", "difference", "make_plan"]
+__all__ = ["Cost", "Plan", "Run", "difference", "make_plan", "measured_costs", "one_run", "resolved", "source_seed"]
 
 NAMED = ("arm", "experiment", "seed_everything", "run")
 """Keys by which the runs of one arm differ."""
@@ -56,6 +56,14 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Expected seconds of a run, and of the source leg that it starts from."""
+
+    run: float
+    source: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """All runs of a sweep.
 
@@ -88,12 +96,16 @@ class Plan:
                 found[run.source] = found.get(run.source, 0) + 1
         return found
 
-    def seconds_left(self) -> float | None:
-        """Expected processor time of all unfinished runs, from finished siblings; None where none has finished.
+    def seconds_left(self, measured: Mapping[str, Cost] | None = None) -> float | None:
+        """Expected time of all unfinished runs, from finished siblings; None where none has finished or was measured.
 
-        A run costs the median of its arm's finished runs, else of all; a source leg the median of finished source
-        legs. What an unfinished run has already done is not taken off.
+        A run costs the median of its arm's finished runs, else what was measured, else the median of all; a source leg
+        the median of finished source legs. What an unfinished run has already done is not taken off.
+
+        Args:
+            measured: what a run of each arm is expected to cost, by the arm's label.
         """
+        measured = measured or {}
         took: dict[str, list[float]] = {}
         legs: dict[Path, float] = {}
         left: list[Run] = []
@@ -106,13 +118,17 @@ class Plan:
             parent = RunFolder(str(summary["parent"]))
             if run.source is not None and state_of(parent) is State.FINISHED:
                 legs[parent.path] = float(parent.summary()["seconds"] or 0.0)
-        if not took:
+        if not took and not measured:
             return None
-        usual = statistics.median(value for values in took.values() for value in values)
-        seconds = sum(statistics.median(took.get(run.arm.label) or [usual]) for run in left)
+        known = [value for values in took.values() for value in values] or [c.run for c in measured.values()]
+        usual = statistics.median(known)
+        expected = {label: cost.run for label, cost in measured.items()}
+        expected |= {label: statistics.median(values) for label, values in took.items()}
+        seconds = sum(expected.get(run.arm.label, usual) for run in left)
         done = {run.source for run in self.runs if run not in left}
         missing = {run.source for run in left} - done - {None}
-        return seconds + len(missing) * (statistics.median(legs.values()) if legs else 0.0)
+        each = [*legs.values()] or [cost.source for cost in measured.values()]
+        return seconds + len(missing) * (statistics.median(each) if each else 0.0)
 
 
 def make_plan(sweep: SweepFile, allow: Sequence[str] = (), program: Sequence[str] | None = None) -> Plan:
@@ -132,31 +148,80 @@ def make_plan(sweep: SweepFile, allow: Sequence[str] = (), program: Sequence[str
     common = [config, f"--experiment={sweep.experiment}"]
     lines = [[*common, *arguments(sweep.fixed)]]
     lines += [[*common, *arguments(arm.overrides), f"--arm={arm.name}"] for arm in arms]
-    base, *found = _resolved(lines, list(allow), program or [sys.executable, "-m", "crossft.cli.resolve"])
+    base, *found = resolved(lines, allow, program)
     _refuse(sweep, arms, found)
     root = Path(found[0]["config"]["run"]["root"]) / sweep.experiment
     allowed = tuple(f"--allow={package}" for package in allow)
     runs = []
     for arm, line, one in zip(arms, lines[1:], found):
-        for seed in sweep.seeds:
-            folder = RunFolder(root / run_id(arm.name, seed, one["hash"]))
-            source = None if one["source"] is None else f"{one['source']}-s{_source_seed(one, seed)}"
-            flags = (*line, f"--seed_everything={seed}", f"--run.dir={folder.path}", *allowed)
-            runs.append(Run(arm, seed, folder, source, flags, allowed))
+        runs += [_run(arm, seed, root, line, one, allowed) for seed in sweep.seeds]
     reference = base.get("config") or found[0]["config"]
     named = "the base" if "config" in base else arms[0].label
     differences = {arm.label: difference(reference, one["config"]) for arm, one in zip(arms, found)}
     return Plan(sweep, tuple(runs), differences, root, named)
 
 
-def _source_seed(one: Mapping[str, Any], seed: int) -> int:
+def _run(arm: Arm, seed: int, root: Path, line: Sequence[str], one: Mapping[str, Any], allowed: tuple[str, ...]) -> Run:
+    folder = RunFolder(root / run_id(arm.name, seed, one["hash"]))
+    source = None if one["source"] is None else f"{one['source']}-s{source_seed(one, seed)}"
+    return Run(
+        arm, seed, folder, source, (*line, f"--seed_everything={seed}", f"--run.dir={folder.path}", *allowed), allowed
+    )
+
+
+def one_run(
+    sweep: SweepFile, arm: Arm, seed: int, allow: Sequence[str] = (), program: Sequence[str] | None = None
+) -> Run:
+    """One run of a sweep, its config checked: the same as the plan's, where that has this arm and seed.
+
+    Raises:
+        ConfigError: its config is refused.
+        RunError: the child process failed.
+    """
+    line = [f"--config={sweep.config}", f"--experiment={sweep.experiment}"]
+    line += [*arguments(arm.overrides), f"--arm={arm.name}"]
+    found = resolved([line], allow, program)
+    _refuse(sweep, [arm], found)
+    root = Path(found[0]["config"]["run"]["root"]) / sweep.experiment
+    return _run(arm, seed, root, line, found[0], tuple(f"--allow={package}" for package in allow))
+
+
+def source_seed(one: Mapping[str, Any], seed: int) -> int:
+    """The seed of a run's source leg: its own where that is fixed, else the run's."""
     fixed = one["source_seed"]
     return seed if fixed is None else int(fixed)
 
 
-def _resolved(lines: list[list[str]], allow: list[str], program: Sequence[str]) -> list[dict[str, Any]]:
-    asked = json.dumps({"lines": lines, "allow": allow})
-    done = subprocess.run([*program], input=asked, capture_output=True, text=True, check=False)
+def measured_costs(runs: Sequence[Run], program: Sequence[str] | None = None) -> dict[str, Cost]:
+    """Train a few steps of one run of each arm, in one child process, and say what a run of each arm costs.
+
+    Returns:
+        The cost by the arm's label.
+
+    Raises:
+        RunError: the child process failed, or a run was refused.
+    """
+    first = {run.arm.label: run for run in reversed(runs)}
+    allow = [flag.removeprefix("--allow=") for flag in runs[0].allow]
+    words = program or [sys.executable, "-m", "crossft.cli.cost"]
+    found = dict(zip(first, resolved([[*run.flags] for run in first.values()], allow, words)))
+    for label, one in found.items():
+        if "error" in one:
+            raise RunError(f"the cost of arm {label} could not be measured: {one['error']}")
+    return {label: Cost(one["seconds"], one["source_seconds"]) for label, one in found.items()}
+
+
+def resolved(
+    lines: list[list[str]], allow: Sequence[str] = (), program: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """What ``crossft.cli.resolve`` says to these command lines.
+
+    Raises:
+        RunError: the child process failed.
+    """
+    asked = json.dumps({"lines": lines, "allow": [*allow]})
+    words = [*(program or [sys.executable, "-m", "crossft.cli.resolve"])]
+    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"the configs could not be checked: {' '.join(done.stderr.split()[-60:])}")
     return list(json.loads(done.stdout))

@@ -21,6 +21,13 @@ class State(Enum):
     """It was stopped or killed, or still runs; ``crossft resume`` goes on."""
     FINISHED = "finished"
     FAILED = "failed"
+    PRUNED = "pruned"
+    """A search ended it early; nothing is left to do."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run came to its planned end."""
+        return self in (State.FINISHED, State.PRUNED)
 
 
 def state_of(folder: RunFolder) -> State:
@@ -29,7 +36,7 @@ def state_of(folder: RunFolder) -> State:
         status = folder.summary()["status"] if folder.summary_file.is_file() else "running"
     except RunError:
         return State.FAILED
-    if status in ("finished", "failed"):
+    if status in ("finished", "failed", "pruned"):
         return State(status)
     return State.UNFINISHED if _begun(folder) else State.MISSING
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 
 from crossft.callbacks.monitoring import load_checkpoint
 from crossft.cli import main
-from crossft.runs import RunFolder
+from crossft.runs import RunFolder, read_metrics
+from crossft.sweeps.early import EarlyTerminate
+from crossft.sweeps.study import TrialReports, TrialStudy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +70,40 @@ def test_torchrun_reuses_the_source_and_stops_on_a_signal(chain: Path, config: P
     (whole,) = chain.glob("lightning-*")
     one, other = (load_checkpoint(p / "checkpoints" / "last.ckpt")["state_dict"] for p in (whole, run))
     assert all(torch.equal(one[k], other[k]) for k in one), "stopped and resumed is not the run that never stopped"
+
+
+def test_a_search_ends_all_processes_at_the_same_step(chain: Path, config: Path, images: Path, tmp_path: Path) -> None:
+    early = EarlyTerminate("hyperband", 2, 2)
+    study = TrialStudy(tmp_path / "search.db", "s", True, 9, early)
+    better = TrialReports(study.file, "s", study.ask().number, early)
+    assert not any(better.worse(validation, 2.0) for validation in (1, 2, 3))
+    where = {"storage": study.file, "study": "s", "number": study.ask().number, "metric": "target/val/accuracy"}
+    trial = [f"--trial.{key}={value}" for key, value in where.items()]
+    trial += [f"--trial.early_terminate={json.dumps(asdict(early))}"]
+    (parent,) = chain.glob("lightning-*")
+    words = [
+        *flags(config, images, tmp_path),
+        "--trainer.max_epochs=5",
+        f"--init={parent}",
+        f"--run.dir={tmp_path}/run",
+    ]
+    words = [
+        word.replace("interrupting.StopAt", "crashing.Ends").replace("=interrupting", "=crashing") for word in words
+    ]
+    done = start(["crossft.cli", "fit"], *words, *trial, ENDS=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
+    assert done.stdout.count("ended early by the search") == 1
+    folder = RunFolder(tmp_path / "run")
+    summary = folder.summary()
+    assert summary["status"] == "pruned"
+    assert "after validation 2: target/val/accuracy" in summary["error"]
+    assert not any("/test/" in key for key in summary["metrics"])
+    rows = [row for row in read_metrics(folder.metrics) if row.name == "target/val/accuracy"]
+    assert {(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)} == {f"Pruned {rows[-1].step + 1}"}
+    assert list(study.trials()[1].intermediate_values.values()) == [row.value for row in rows]
+    assert len(rows) == 2
+    again = start(["crossft.cli", "resume"], str(folder.path))
+    assert (again.returncode, "is pruned: nothing to resume" in again.stdout) == (0, True)
 
 
 def test_a_lone_rank_is_refused(config: Path, images: Path, tmp_path: Path, monkeypatch, capsys) -> None:

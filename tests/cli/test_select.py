@@ -50,6 +50,10 @@ def test_the_checkpoint_is_the_one_of_the_best_score(chosen: RunFolder) -> None:
     summary = chosen.summary()
     assert summary["selected_by"] == "target/val/infomax"
     assert summary["checkpoint"] == "checkpoints/best.ckpt"
+    assert summary["metrics"]["target/val/infomax"] == pytest.approx(scores[best], rel=1e-4), "a search reads it there"
+    assert not any(key.startswith("target/val/acc") for key in summary["metrics"]), (
+        "the target has no labels to validate"
+    )
     assert not logged(chosen, "target/val/snd"), "a score that nothing follows was computed"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,19 @@ def test_killed_sweep_finishes_every_run_once(study: Path, capsys: pytest.Captur
     for name in ("comparison.html", "comparison.md", "comparison.csv", "tradeoff.png"):
         assert (root / name).stat().st_size > 100, name
     assert "train_last=2,weight=1" in (root / "comparison.md").read_text()
+
+
+def test_plan_measures_what_a_sweep_costs(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the sweep that the test above ran: the same runs under another name, none of which has finished."""
+    other = study.with_name("other.yaml")
+    other.write_text(study.read_text())
+    assert main(["sweep", "plan", str(other), "--measure"]) == 0
+    printed = capsys.readouterr().out
+    minutes, seconds = re.search(r"left to do: (?:(\d+) min )?(\d+) s of runs", printed).groups()
+    expected = 60 * int(minutes or 0) + int(seconds)
+    took = sum(RunFolder(run).summary()["seconds"] for run in (study.parent / "study").glob("*=*-s*"))
+    assert 0.2 < expected / took < 5, (expected, took)
+    assert not (study.parent / "other").exists()
 
 
 def test_bad_arm_is_refused_by_name_before_any_starts(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 Every start is noted in ``starts.txt`` beside the run folders. Settings come from the flags ``--fake.NAME=VALUE``:
 ``seconds`` (of the run), ``source`` (seconds of its source leg), ``end`` (finish, fail, silent, kill, deaf,
-early), and ``once`` (the run stops that way the first time only).
+early), ``once`` (the run stops that way the first time only), and ``x`` (what a search looks for: 0.3 is best). A run
+of a search reports three validations.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from filelock import FileLock
 
 from crossft.runs import RunFolder
+from crossft.sweeps.early import EarlyTerminate
+from crossft.sweeps.study import TrialReports
 
 
 def main() -> int:
@@ -46,9 +50,29 @@ def main() -> int:
     if folder.summary()["status"] == "failed":
         return 1
     accuracy = 0.5 + 0.01 * int(flags["seed_everything"]) + float(flags.get("fake.gain", 0))
-    metrics = {"target/test/accuracy": accuracy, "source/test/accuracy": 0.9, "source/retention": 0.9}
+    accuracy -= (float(flags.get("fake.x", 0.3)) - 0.3) ** 2
+    if ended_early(folder, flags, accuracy):
+        return 0
+    metrics = {
+        "target/val/accuracy": accuracy,
+        "target/test/accuracy": accuracy,
+        "source/test/accuracy": 0.9,
+        "source/retention": 0.9,
+    }
     folder.write_summary(status="finished", seconds=2.0, metrics=metrics, primary={"target": "accuracy"})
     return 0
+
+
+def ended_early(folder: RunFolder, flags: dict[str, str], accuracy: float) -> bool:
+    if "trial.study" not in flags:
+        return False
+    early = EarlyTerminate(**json.loads(flags["trial.early_terminate"]))
+    reports = TrialReports(Path(flags["trial.storage"]), flags["trial.study"], int(flags["trial.number"]), early)
+    for validation in (1, 2, 3):
+        if reports.worse(validation, accuracy * validation / 3):
+            folder.write_summary(status="pruned", error=f"ended early after validation {validation}")
+            return True
+    return False
 
 
 def leg(folder: RunFolder, seconds: float) -> None:

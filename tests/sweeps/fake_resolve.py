@@ -14,6 +14,7 @@ def resolve(line: list[str]) -> dict[str, Any]:
     if flags.get("bad"):
         return {"error": f"bad={flags['bad']} is refused"}
     root = flags.pop("run.root", "runs")
+    flags.pop("config", None)
     hashed = config_hash(flags, {"arm", "experiment"})
     return {
         "config": {**flags, "run": {"root": root}},

@@ -15,6 +15,7 @@ import yaml
 from crossft.sweeps.file import read_sweep
 from crossft.sweeps.local import Local, Outcome
 from crossft.sweeps.plan import Plan, Run, make_plan
+from crossft.sweeps.search import Search, SearchPlan, make_search
 
 HERE = Path(__file__).resolve().parent
 RESOLVE = [sys.executable, str(HERE / "fake_resolve.py")]
@@ -56,7 +57,19 @@ def sweep(plan: Plan, slots: int = 2, **options: Any) -> tuple[list[Outcome], No
     return Local(plan, slots, program=PROGRAM, **options).run(notes), notes
 
 
-def starts(plan: Plan, word: str = "") -> list[str]:
+def search(file: Path, slots: int = 1, *flags: str, **options: Any) -> tuple[SearchPlan, Notes]:
+    """Search to the end; the plan, and what was seen."""
+    plan = make_search(read_sweep(file, flags), program=RESOLVE)
+    notes, supply = Notes(), Search(plan, options.get("retry", False))
+    empty = Plan(plan.sweep, (), {}, plan.root)
+    try:
+        Local(empty, slots, program=PROGRAM, supply=supply, **options).run(notes)
+    finally:
+        supply.close()
+    return plan, notes
+
+
+def starts(plan: Plan | SearchPlan, word: str = "") -> list[str]:
     """Lines of what was started, in order: command, folder, threads, process (for a source leg: leg, folder, time)."""
     file = plan.root / "starts.txt"
     lines = file.read_text().splitlines() if file.is_file() else []
@@ -64,4 +77,7 @@ def starts(plan: Plan, word: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-    sweep(planned(Path(sys.argv[1]), *sys.argv[3:]), int(sys.argv[2]))
+    if read_sweep(Path(sys.argv[1])).method == "bayes":
+        search(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    else:
+        sweep(planned(Path(sys.argv[1]), *sys.argv[3:]), int(sys.argv[2]))

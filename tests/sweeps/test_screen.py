@@ -15,7 +15,7 @@ from sweeps.sweeping import PROGRAM, planned, sweep, write_sweep
 from crossft.cli import main
 from crossft.cli.sweep import close, print_plan, report
 from crossft.sweeps.local import Local
-from crossft.sweeps.plan import Plan
+from crossft.sweeps.plan import Cost, Plan
 from crossft.sweeps.progress import SweepProgress
 from crossft.sweeps.state import tail
 
@@ -35,12 +35,21 @@ def test_plan_shows_arms_runs_legs_and_cost(plan: Plan, capsys: pytest.CaptureFi
     assert "better (cartoon) 2 to start data.target=cartoon fake.gain=0.2" in printed
     assert "6 arms x 2 seeds = 12 runs in" in printed
     assert "1 source legs are fitted once each, for 8 runs" in printed
-    assert "unknown until a run has finished" in printed
+    assert "unknown until a run has finished, or --measure" in printed
     sweep(plan, slots=4)
     print_plan(plan, 2)
     printed = " ".join(capsys.readouterr().out.split())
     assert "bad (sketch) 2 failed" in printed
     assert "left to do: 8 s of runs, about 4 s with 2 at a time" in printed
+
+
+def test_measured_cost_counts_until_runs_have_finished(plan: Plan) -> None:
+    labels = {run.arm.label for run in plan.runs}
+    measured = {label: Cost(10.0 if label.startswith("plain") else 20.0, 7.0) for label in labels}
+    assert plan.seconds_left() is None
+    assert plan.seconds_left(measured) == 4 * 10 + 8 * 20 + 7, "12 runs, and one source leg that 8 of them share"
+    sweep(plan, slots=4)
+    assert plan.seconds_left(measured) == 4 * 20, "what is left are the failed runs, which have no time of their own"
 
 
 def test_report_holds_every_arm_and_the_end_says_why_some_failed(

@@ -178,9 +178,14 @@ def test_config_is_looked_for_beside_the_file_then_here(tmp_path: Path, monkeypa
         ({"sedes": 3}, "sedes: is no key of a sweep file; it may have config, experiment"),
         ({"config": "nowhere.yaml"}, "config='nowhere.yaml' is a file neither beside"),
         ({"config": None}, "config=None must name the base config"),
-        ({"method": "bayes"}, "method='bayes' must be grid or random"),
+        ({"method": "genetic"}, "method='genetic' must be grid, random or bayes"),
         ({"method": "random"}, "run_cap=None must be the number of draws"),
-        ({"run_cap": 3}, "run_cap=3 is the number of draws of `method: random`"),
+        ({"run_cap": 3}, "run_cap=3 is the number of draws of `method: random`, or of trials of `method: bayes`"),
+        ({"metric": {"name": "a/val/b", "oracle": True}}, "metric.oracle is for `method: bayes`"),
+        ({"early_terminate": {"type": "median"}}, "early_terminate is for `method: bayes`"),
+        ({"parameters": {"methods.l2sp.weight": {"values": [1]}}}, "no arm, and no parameter above this one, switches"),
+        ({"parameters": {"a": {"values": [1], "when": {"b": 1}}}}, "when: 'b' is set by no arm"),
+        ({"parameters": {"a": {"values": [1], "when": 3}}}, "when=3 must map keys"),
         ({"seeds": 0}, "seeds=0 must be"),
         ({"seeds": [1, 1]}, "seeds=\\[1, 1\\] must be"),
         ({"seeds": True}, "seeds=True must be"),
@@ -211,6 +216,88 @@ def test_config_is_looked_for_beside_the_file_then_here(tmp_path: Path, monkeypa
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         expand(written(tmp_path, **keys))
+
+
+BAYES: dict[str, Any] = {"method": "bayes", "run_cap": 9, "metric": {"name": "target/val/accuracy"}}
+RATE = {"lr": {"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"run_cap": None}, "run_cap=None must be the number of trials"),
+        ({"metric": None}, "method: bayes needs `metric`"),
+        ({"baseline": "base"}, "baseline='base': in a search every trial is an arm"),
+        ({"parameters": {}}, "method: bayes has nothing to search"),
+        ({"parameters": {"data.target": {"values": ["a", "b"]}}}, "method: bayes has nothing to search"),
+        ({"metric": {"name": "target/test/accuracy"}}, "reads the labels of the test split"),
+        ({"metric": {"name": "source/retention"}}, "reads the labels of the test split"),
+        ({"metric": {"name": "target/gain"}}, "reads the labels of the test split"),
+        ({"metric": {"name": "target/val/accuracy", "oracle": True}}, "reads no test label; remove it"),
+        ({"metric": {"name": "target/gain", "oracle": "yes"}}, "metric.oracle='yes' must be true or false"),
+        (
+            {"metric": {"name": "target/gain", "oracle": True}, "early_terminate": {"type": "median"}},
+            "early_terminate reads the metric at every validation",
+        ),
+        ({"parameters": {"lr": {"distribution": "normal"}}}, "normal is for `method: random`"),
+        ({"parameters": {"lr": {"values": [1, 2], "probabilities": [1, 1]}}}, "probabilities is for `method: random`"),
+        ({"early_terminate": {"type": "asha"}}, "must be {type: hyperband, min_iter: N}"),
+        ({"early_terminate": {"type": "hyperband"}}, "hyperband needs min_iter, or max_iter and s"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 1, "max_iter": 9, "s": 2}}, "and not both"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 0}}, "min_iter=0 must be a whole number, 1 or more"),
+        ({"early_terminate": {"type": "median", "eta": 2}}, "eta: median takes min_iter, min_trials"),
+    ],
+)
+def test_searches_that_cannot_be_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        written(tmp_path, **{"parameters": RATE, **BAYES, **keys})
+
+
+def test_search_reads_test_labels_only_when_the_file_says_so(tmp_path: Path) -> None:
+    assert not written(tmp_path, parameters=RATE, **BAYES).oracle
+    asked = {**BAYES, "metric": {"name": "target/test/accuracy", "oracle": True}}
+    assert written(tmp_path, parameters=RATE, **asked).oracle
+
+
+def test_hyperband_in_wandbs_words(tmp_path: Path) -> None:
+    for words, first in (({"min_iter": 2}, 2), ({"max_iter": 27, "s": 2}, 3), ({"max_iter": 4, "s": 2, "eta": 2}, 1)):
+        rule = {"type": "hyperband", **words}
+        early = written(tmp_path, parameters=RATE, **BAYES, early_terminate=rule).early_terminate
+        assert early is not None
+        assert (early.type, early.min_iter, early.eta) == ("hyperband", first, words.get("eta", 3))
+
+
+def test_conditional_parameters_apply_where_their_condition_holds(tmp_path: Path) -> None:
+    parameters = {
+        "opt": {"values": ["adam", "sgd"]},
+        "momentum": {"values": [0.5, 0.9], "when": {"opt": "sgd"}},
+        "nesterov": {"values": [True, False], "when": {"opt": ["sgd", "x"], "momentum": 0.9}},
+        "last": {"values": [1, 2]},
+        "warmup": {"value": 5, "when": {"opt": "adam"}},
+    }
+    assert {n.endswith(",warmup=5") for n in names(written(tmp_path, parameters=parameters)) if "adam" in n} == {True}
+    del parameters["warmup"]
+    assert names(written(tmp_path, parameters=parameters)) == [
+        "opt=adam,last=1", "opt=adam,last=2", "opt=sgd,momentum=0.5,last=1", "opt=sgd,momentum=0.5,last=2",
+    ] + [f"opt=sgd,momentum=0.9,nesterov={n},last={i}" for n in ("true", "false") for i in (1, 2)]  # fmt: skip
+    drawn = expand(written(tmp_path, method="random", run_cap=40, parameters=parameters))
+    assert {("momentum" in arm.overrides) == (arm.overrides["opt"] == "sgd") for arm in drawn} == {True}
+    assert {arm.overrides["opt"] for arm in drawn} == {"adam", "sgd"}
+
+
+def test_parameter_of_a_method_applies_where_that_is_on(tmp_path: Path) -> None:
+    arms = {"plain": {}, "pulled": {"methods.l2sp": "L2SP"}}
+    weights = {"methods.l2sp.weight": {"values": [1, 2]}}
+    sweep = written(tmp_path, arms=arms, parameters=weights, base={})
+    assert names(sweep) == ["plain", "pulled,weight=1", "pulled,weight=2"]
+    switch = {"methods.l2sp": {"values": [None, "L2SP"]}, "methods.l2sp.alpha": {"value": 3}, **weights}
+    found = expand(written(tmp_path, parameters=switch, base={}))
+    assert [dict(arm.overrides) for arm in found] == [
+        {}, *({"methods.l2sp": "L2SP", "methods.l2sp.alpha": 3, "methods.l2sp.weight": w} for w in (1, 2)),
+    ]  # fmt: skip
+    assert [arm.name for arm in found] == ["base", "l2sp=L2SP,weight=1", "l2sp=L2SP,weight=2"]
+    own = {"arms": {"typo": {"methods.l2sp.weight": 3}}}
+    assert dict(expand(written(tmp_path, base={}, **own))[0].overrides) == {"methods.l2sp.weight": 3}
 
 
 def test_methods_are_needed_to_leave_one_out(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from crossft.callbacks.monitoring.checkpoints import Checkpoints
 from crossft.callbacks.monitoring.finite import FiniteCheck
 from crossft.callbacks.monitoring.health import Health
 from crossft.callbacks.monitoring.ledger import Ledger, ledger_rows
+from crossft.callbacks.monitoring.pruning import Pruning
 from crossft.callbacks.monitoring.rate_range import RateRange
 from crossft.callbacks.monitoring.run_log import RunLog
 from crossft.callbacks.monitoring.scores import Scores
@@ -17,6 +18,7 @@ __all__ = [
     "FiniteCheck",
     "Health",
     "Ledger",
+    "Pruning",
     "RateRange",
     "RunLog",
     "Scores",

@@ -136,7 +136,7 @@ class Scores(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out which scores the run's domains allow."""
-        if stage != "fit":
+        if stage not in ("fit", "validate"):
             return
         if not isinstance(pl_module, Task):
             raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")

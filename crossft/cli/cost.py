@@ -1,0 +1,96 @@
+"""``python -m crossft.cli.cost``: how long runs would take, from a few steps of each; ``crossft sweep plan --measure``.
+
+Reads ``{"lines": [[flags of crossft fit]], "allow": [packages]}`` from standard input and writes a list of one object a
+line: ``{"error": text}``, or the expected ``seconds`` of the run and ``source_seconds`` of its source leg, 0 without
+one. No run folder is made; methods, data and evaluation are those of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from contextlib import redirect_stdout
+from itertools import pairwise
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from crossft.cli.leg import build_methods, build_task, build_trainer, measure
+from crossft.cli.legs import Chain, prepared
+from crossft.cli.parser import Settings
+from crossft.data import DomainData
+from crossft.errors import CrossftError
+
+__all__ = ["main", "seconds_of"]
+
+_STEPS = 8
+"""Optimizer steps that are timed; the first two are not counted."""
+
+
+class _Clock(Callback):
+    def __init__(self) -> None:
+        self.times: list[tuple[int, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.times.append((trainer.global_step, time.monotonic()))
+
+
+def seconds_of(settings: Settings, data: DomainData, before: bool) -> float:
+    """Expected seconds of one leg: what comes before the first step, all its steps, validations and tests.
+
+    Steps are taken to cost what the first ones do: phases that unfreeze later, and caches that fill, are not foreseen.
+
+    Args:
+        settings: the leg's configuration.
+        data: its data, prepared.
+        before: whether the starting model is tested.
+    """
+    config = settings.config
+    seed_everything(config.seed_everything, workers=True, verbose=False)
+    began = time.monotonic()
+    task = build_task(settings, data)
+    clock, quiet = _Clock(), {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    callbacks = [*build_methods(settings), clock]
+    limits = {"max_steps": _STEPS, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = build_trainer(settings, callbacks=callbacks, **limits, **quiet)
+    trainer.fit(task, datamodule=data)
+    ends = list(dict(clock.times).values())
+    each = statistics.median(b - a for a, b in pairwise(ends[1:])) if len(ends) > 2 else ends[-1] - began
+    start = max(0.0, ends[0] - began - each)
+    epochs, most = config.trainer.max_epochs, config.trainer.max_steps
+    total = min(n for n in (epochs * data.steps_per_epoch if epochs and epochs > 0 else None, most) if n and n > 0)
+    took = {}
+    for split in ("val", "test"):
+        since = time.monotonic()
+        if data.eval_domains("val" if split == "val" else "test"):
+            measure(settings, task, data, split)
+        took[split] = time.monotonic() - since
+    validations = total / data.steps_per_epoch / (config.trainer.check_val_every_n_epoch or 1) + 1
+    return start + each * total + took["val"] * validations + took["test"] * (1 + before)
+
+
+def _cost(line: list[str], allow: list[str]) -> dict[str, Any]:
+    try:
+        chain = Chain(Settings(line, "sweep", allow))
+        source = prepared(chain.source) if chain.source is not None else None
+        data = prepared(chain.settings, source.split_manifest() if source is not None else None)
+        legs = 0.0 if source is None or chain.source is None else seconds_of(chain.source, source, False)
+        return {"seconds": seconds_of(chain.settings, data, chain.settings.config.before), "source_seconds": legs}
+    except CrossftError as error:
+        return {"error": str(error)}
+
+
+def main() -> None:
+    """Answer one request."""
+    asked = json.load(sys.stdin)
+    with redirect_stdout(sys.stderr):
+        found = [_cost(line, asked["allow"]) for line in asked["lines"]]
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
