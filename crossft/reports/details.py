@@ -149,7 +149,7 @@ def config_differences(runs: pd.DataFrame) -> tuple[list[str], dict[str, dict[st
     flat: dict[str, dict[str, str]] = {}
     for arm, folder in _folders(runs):
         if arm not in flat and folder.config.is_file():
-            config = yaml.load(folder.config.read_text(encoding="utf-8"), _LOADER)
+            config = _LOADER(folder.config.read_text(encoding="utf-8")).get_single_data()
             flat[arm] = dict(_flat({k: v for k, v in (config or {}).items() if k not in _NAMES}, ""))
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     found = {key: {values.get(key) for values in flat.values()} for key in keys}
