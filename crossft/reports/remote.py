@@ -14,6 +14,7 @@ __all__ = ["PREFIX", "read_project"]
 PREFIX = "wandb:"
 """What a path to compare starts with where it names a W&B project: ``wandb:ENTITY/PROJECT``."""
 
+_ENDS = ("finished", "failed", "interrupted")
 _STATUS = {"finished": "finished", "failed": "failed", "crashed": "failed", "killed": "interrupted"}
 _STATUS |= {"preempted": "interrupted", "preempting": "running", "running": "running", "pending": "running"}
 
@@ -21,9 +22,8 @@ _STATUS |= {"preempted": "interrupted", "preempting": "running", "running": "run
 def read_project(project: str, api: Any = None) -> list[dict[str, Any]]:
     """Read every run of a project that crossft logged, as ``read_records`` does from folders; no file is fetched.
 
-    The config says experiment, arm, seed and domains, the summary the metrics, under the keys of ``summary.json``.
-    Source legs (they have no target and others start from them) are left out, as W&B does not say which run started
-    from which.
+    The W&B summary holds the metrics under the keys of ``summary.json``, and its other fields under ``crossft``; where
+    a run ended without them, its config and W&B's state stand in.
 
     Args:
         project: ``ENTITY/PROJECT``.
@@ -43,7 +43,7 @@ def read_project(project: str, api: Any = None) -> list[dict[str, Any]]:
         raise RunError(
             f"W&B project {project} cannot be read ({error}); check the name, and log in with `wandb login`"
         ) from error
-    records = [record for record in _records(runs) if record["arm"] != "source" or record["target"]]
+    records = list(_records(runs))
     if not records:
         raise RunError(f"W&B project {project} has {len(runs)} runs, and none that crossft fit logged")
     return records
@@ -51,34 +51,32 @@ def read_project(project: str, api: Any = None) -> list[dict[str, Any]]:
 
 def _records(runs: Iterable[Any]) -> Iterable[dict[str, Any]]:
     for run in runs:
-        config = run.config.get("crossft", run.config)
-        if isinstance(config, Mapping) and "experiment" in config and isinstance(config.get("data"), Mapping):
-            yield _record(run, config)
+        if "experiment" in run.config and isinstance(run.config.get("data"), Mapping):
+            yield _record(run, run.config)
 
 
 def _record(run: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    roles = ("source", "target", "eval")
-    domains = {role: _names(config["data"].get(role)) for role in roles}
     summary: Mapping[str, Any] = run.summary_metrics or {}
-    status = _STATUS.get(run.state, "interrupted")
+    told: Mapping[str, Any] = summary.get("crossft") or {}
+    roles = {role: _names(config["data"].get(role)) for role in ("source", "target", "eval")}
+    domains = told.get("domains") or {role: names for role, names in roles.items() if names}
+    status = told.get("status") if told.get("status") in _ENDS else _STATUS.get(run.state, "interrupted")
+    lost = f"W&B says {run.state}; see {run.url}" if status == "failed" else None
     record: dict[str, Any] = {
+        **{field: told.get(field) for field in ("config_hash", "parent", "checkpoint", "selected_by")},
         "path": run.url,
         "run": run.name or run.id,
         "experiment": config["experiment"],
         "arm": config.get("arm") or run.name,
         "seed": int(config.get("seed_everything") or 0),
         "status": status,
-        "seconds": _number(summary.get("_runtime")),
-        "config_hash": None,
-        "parent": config.get("init"),
-        "checkpoint": None,
-        "selected_by": config.get("select"),
-        "source": "+".join(domains["source"]),
-        "target": "+".join(domains["target"]),
-        "error": f"W&B says {run.state}; see {run.url}" if status == "failed" else None,
+        "seconds": told.get("seconds") or _number(summary.get("_runtime")),
+        "source": "+".join(domains.get("source") or []),
+        "target": "+".join(domains.get("target") or []),
+        "error": told.get("error") or lost,
         "written": datetime.fromisoformat(run.created_at).timestamp(),
-        "domains": {role: names for role, names in domains.items() if names},
-        "primary": {},
+        "domains": domains,
+        "primary": told.get("primary") or {},
     }
     numbers = {key: _number(value) for key, value in summary.items() if "/" in key}
     return record | {key: value for key, value in numbers.items() if value is not None}

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import wandb
 from reports.folders import write_run
@@ -15,9 +17,10 @@ from wandb.apis.public import Run
 
 from crossft.cli import main
 from crossft.errors import RunError
-from crossft.reports.records import read_records
+from crossft.reports.records import find_runs, read_records
 from crossft.reports.remote import read_project
 from crossft.reports.tables import compare
+from crossft.runs import RunFolder
 
 
 class Api:
@@ -47,14 +50,27 @@ def test_the_stand_in_takes_what_wandb_takes() -> None:
     ]
 
 
-def remote(arm: str, seed: int, metrics: dict[str, Any], state: str = "finished", **config: Any) -> Run:
-    """A run as the service sends it: config and summary are JSON texts, each config value in a ``value``."""
+def remote(
+    arm: str, seed: int, metrics: dict[str, Any], told: dict[str, Any] | None = None, name: str = "", **config: Any
+) -> Run:
+    """A run as the service sends it: config and summary are JSON texts, each config value in a ``value``.
+
+    ``told`` is what crossft writes when a run ends; without it the run crashed.
+    """
     data = {"source": "photo", "target": "sketch", "eval": None, "shots": 10}
     ours = {"experiment": "pacs", "arm": arm, "seed_everything": seed, "init": None, "select": None, "data": data}
-    summary = {**metrics, "train/loss": 0.5, "_runtime": 12.5, "_step": 7, "_wandb": {"runtime": 12}}
+    summary = {
+        **metrics,
+        **({"crossft": told} if told else {}),
+        "train/loss": 0.5,
+        "_runtime": 12.5,
+        "_step": 7,
+        "_wandb": {"runtime": 12},
+    }
     attributes = {
-        "id": f"UnVuOnYx{arm}{seed}", "name": f"{arm}{seed}", "displayName": f"{arm}-s{seed}-abcdef12", "state": state,
-        "config": json.dumps({"_wandb": {"value": {}}, "crossft": {"value": {**ours, **config}}}),
+        "id": f"UnVuOnYx{arm}{seed}", "name": f"{arm}{seed}", "displayName": name,
+        "state": "finished" if told else "crashed",
+        "config": json.dumps({key: {"value": value} for key, value in {"_wandb": {}, **ours, **config}.items()}),
         "summaryMetrics": json.dumps(summary), "systemMetrics": "{}", "tags": [], "group": arm, "jobType": None,
         "createdAt": f"2026-11-24T10:00:0{seed}Z", "projectId": 1, "historyKeys": {}, "user": {"username": "us"},
     }  # fmt: skip
@@ -64,21 +80,27 @@ def remote(arm: str, seed: int, metrics: dict[str, Any], state: str = "finished"
 
 @pytest.fixture
 def local(tmp_path: Path) -> Path:
+    """Run folders: two arms that start from one source leg, and a failed run."""
+    leg = write_run(tmp_path / "pacs", "source", 0, None, domains={"source": ["photo"]})
     for arm, target in (("base", 0.7), ("better", 0.8)):
         for seed in range(3):
-            write_run(tmp_path / "pacs", arm, seed, target + seed / 100, 0.9)
+            write_run(tmp_path / "pacs", arm, seed, target + seed / 100, 0.9, parent=str(leg.path))
+    write_run(tmp_path / "pacs", "better", 3, None, None, status="failed", error="TrainingError: training diverged")
     return tmp_path
 
 
 @pytest.fixture
 def api(local: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Api:
-    """The same runs in a project, and a source leg, a failed run, and a stranger beside them."""
+    """The same runs in a project, and one that crashed and a stranger beside them."""
     monkeypatch.setenv("WANDB_DIR", str(tmp_path_factory.mktemp("wandb")))
-    records = read_records([local]).to_dict("records")
-    runs = [remote(r["arm"], r["seed"], {k: v for k, v in r.items() if "/" in k}) for r in records]
-    runs.append(remote("source", 0, {}, data={"source": "photo", "target": None}))
-    runs.append(remote("better", 3, {"target/test/accuracy": "NaN"}, state="crashed"))
-    stranger = remote("x", 0, {})
+    runs = []
+    for path in find_runs([local]):
+        told = RunFolder(path).summary()
+        metrics = {key: value for key, value in told.pop("metrics").items() if value is not None}
+        data = {"data": {"source": "photo", "target": None}} if told["arm"] == "source" else {}
+        runs.append(remote(told["arm"], told["seed"], metrics, told, path.name, **data))
+    runs.append(remote("better", 4, {"target/test/accuracy": "NaN"}, name="better-s4-abcdef12"))
+    stranger = remote("x", 0, {}, {})
     stranger.config.clear()
     found = Api([*runs, stranger])
     monkeypatch.setattr(wandb, "Api", lambda: found)
@@ -89,22 +111,23 @@ def test_a_project_reads_like_the_folders_of_its_runs(local: Path, api: Api) -> 
     folders, project = read_records([local]), read_records(["wandb:us/pacs"])
     assert api.asked == "us/pacs"
     assert len(project) == len(folders) + 1
-    by = ["arm", "seed"]
-    mine = project[project["status"] == "finished"].set_index(by).sort_index()
-    theirs = folders.set_index(by).sort_index()
-    for column in ("experiment", "source", "target", "status", "target/gain", "source/retention"):
-        assert mine[column].to_dict() == theirs[column].to_dict(), column
-    failed = project[project["status"] == "failed"].iloc[0]
-    assert (failed["arm"], failed["seed"], failed["seconds"]) == ("better", 3, 12.5)
-    assert "W&B says crashed; see https://wandb.ai/us/pacs/runs/better3" in failed["error"]
-    assert failed.isna()["target/test/accuracy"]
+    columns = [c for c in folders.columns if c not in ("path", "written")]
+    assert set(columns) <= set(project.columns)
+    for (_, mine), (_, theirs) in zip(project.iterrows(), folders.iterrows(), strict=False):
+        for column in columns:
+            same = mine[column] == theirs[column] or (pd.isna(mine[column]) and pd.isna(theirs[column]))
+            assert same, (column, mine[column], theirs[column])
+    crashed = project.iloc[-1]
+    assert (crashed["arm"], crashed["seed"], crashed["status"], crashed["seconds"]) == ("better", 4, "failed", 12.5)
+    assert "W&B says crashed; see https://wandb.ai/us/pacs/runs/better4" in crashed["error"]
+    assert np.isnan(crashed["target/test/accuracy"])
     mine_table, theirs_table = compare(project, "base")[0], compare(folders, "base")[0]
     assert mine_table.csv() == theirs_table.csv()
-    assert mine_table.runs["better"] == "3, 1 failed"
+    assert mine_table.runs["better"] == "3, 2 failed"
 
 
 def test_folders_and_projects_together(local: Path, api: Api) -> None:
-    assert len(read_records([local, "wandb:us/pacs"])) == 6 + 7
+    assert len(read_records([local, "wandb:us/pacs"])) == 8 + 9
 
 
 def test_compare_and_page_from_a_project(api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
