@@ -86,9 +86,9 @@ class _Plot:
         for value in shown:
             at = _n(self.px(value))
             self.add(f'<path class="grid" d="M{at} {_n(low)}V{_n(high)}"/>')
-            self.add(f'<text x="{at}" y="{_n(high + 15)}" text-anchor="middle">{_tick(value, shown)}</text>')
+            self.add(f'<text x="{at}" y="{_n(high + 17)}" text-anchor="middle">{_tick(value, shown)}</text>')
         middle = _n((self.left + WIDTH - self.right) / 2)
-        self.add(f'<text class="axis" x="{middle}" y="{_n(high + 31)}" text-anchor="middle">{escape(title)}</text>')
+        self.add(f'<text class="axis" x="{middle}" y="{_n(high + 34)}" text-anchor="middle">{escape(title)}</text>')
 
     def y_axis(self, title: str) -> None:
         shown = ticks(*self.y)
@@ -114,7 +114,8 @@ def _limits(values: Iterable[float], halves: Iterable[float], low: float = 0.08)
     bottom, top = min(kept), max(kept)
     room = max(top - bottom, 0.02 * max(abs(top), abs(bottom), 1e-9)) * 1.2
     reach = min(max((h for h in halves if math.isfinite(h)), default=0.0), room)
-    pad = max(low * (top - bottom + 2 * reach), 1e-9)
+    span, size = top - bottom + 2 * reach, max(abs(top), abs(bottom))
+    pad = low * span if span > 1e-6 * size else max(0.05 * size, 1e-3)
     return bottom - reach - pad, top + reach + pad
 
 

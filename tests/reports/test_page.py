@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from reports.folders import write_curves, write_details, write_run
 
-from crossft.reports.charts import Row, intervals, mark, reliability, scatter, ticks
-from crossft.reports.details import Bin, config_differences, learning_curves, ledgers, reliabilities
+from crossft.reports.charts import Row, curves, intervals, mark, reliability, scatter, ticks
+from crossft.reports.details import Bin, Curve, config_differences, learning_curves, ledgers, reliabilities
 from crossft.reports.frontier import Tradeoff
 from crossft.reports.page import write_page
 from crossft.reports.records import read_records
@@ -161,6 +161,12 @@ def test_ticks_are_round_and_inside() -> None:
         found = ticks(low, high)
         assert 2 <= len(found) <= 7
         assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
+
+
+def test_curve_that_never_moves_has_readable_ticks() -> None:
+    curve = Curve((1, 2), (0.9, 0.9), (0.9, 0.9), (0.9, 0.9), 1)
+    svg = curves("accuracy", {"a": curve}, {"a": 0})
+    assert max(map(len, re.findall(r'text-anchor="end">([^<]*)<', svg))) <= 5
 
 
 def test_no_two_of_64_arms_look_alike() -> None:
