@@ -353,7 +353,7 @@ def starts(names: list[str], rounds: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="0: only the processes")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--starts", type=int, default=3, help="rounds of processes; 0: none")
@@ -371,9 +371,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CROSSFT_CACHE"] = folder
         names = working(names)
-        print(f"{'ratios to the loop':49}{'a step':>13}{'step':>10}{'epoch':>10}")
-        compare(BACKBONES[0], lambda: vision(rows, args.batch, True), names, args.steps, args.rounds)
-        compare(BACKBONES[1], lambda: text(2 * rows, args.batch), names, args.steps, args.rounds)
+        if args.steps:
+            print(f"{'ratios to the loop':49}{'a step':>13}{'step':>10}{'epoch':>10}")
+            compare(BACKBONES[0], lambda: vision(rows, args.batch, True), names, args.steps, args.rounds)
+            compare(BACKBONES[1], lambda: text(2 * rows, args.batch), names, args.steps, args.rounds)
     return 0 if not args.starts or starts(names, args.starts) else 1
 
 

@@ -25,7 +25,8 @@ SECTIONS = {
     "step": ("A step's own cost", "step_overhead.py --pairs 20 --steps 400"),
     "start": ("Start to the first step", "start.py --pairs 3"),
     "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 512 --texts 224 --rounds 2 --wall"),
-    "peers": ("Beside the peers", "peers.py --steps 6 --rounds 2 --starts 1 --wall"),
+    "peers": ("Beside the peers", "peers.py --steps 4 --rounds 2 --starts 0 --wall"),
+    "memory": ("Start-up and memory beside the peers", "peers.py --steps 0 --starts 1"),
     "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2 --wall"),
     "importance": ("Importance and penalties", "importance.py"),
 }
@@ -43,19 +44,24 @@ def section(name: str) -> str:
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(":")
     start = time.perf_counter()
     script, *rest = shlex.split(command)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / script), *rest], env=environment, capture_output=True, text=True,
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, "-u", "-W", "ignore", str(HERE / script), *rest], env=environment, stdout=subprocess.PIPE, text=True,
         cwd=HERE.parent,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
     took = time.perf_counter() - start
-    print(done.stdout, done.stderr[-3000:] if done.returncode else "", flush=True)
-    if not done.stdout.strip():
-        raise SystemExit(f"benchmarks/{command} printed nothing (exit {done.returncode})")
-    verdict = "" if done.returncode == 0 else " — a bound does not hold"
+    printed = "".join(lines).strip("\n")
+    if not printed:
+        raise SystemExit(f"benchmarks/{command} printed nothing (exit {process.returncode})")
+    verdict = "" if process.returncode == 0 else " — a bound does not hold"
     today = datetime.datetime.now(datetime.UTC).date()
     return (
         f"## {name}: {title}{verdict}\n\n{today}, {took:.0f} s. {machine()}\n\n    python benchmarks/{command}\n\n"
-        f"```\n{done.stdout.strip(chr(10))}\n```\n"
+        f"```\n{printed}\n```\n"
     )
 
 
