@@ -46,9 +46,12 @@ def section(name: str) -> str:
     script, *rest = shlex.split(command)
     lines = []
     with subprocess.Popen(
-        [sys.executable, "-u", "-W", "ignore", str(HERE / script), *rest], env=environment, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-u", "-W", "ignore", str(HERE / script), *rest],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
         cwd=HERE.parent,
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
