@@ -101,6 +101,7 @@ def test_diverged_arm_is_in_the_table_as_failed_with_its_reason(
     file = study.with_name("lost.yaml")
     content = yaml.safe_load(study.read_text())
     parameters = {k: v for k, v in content["parameters"].items() if "value" in v}
+    parameters["trainer.max_epochs"] = {"value": 3}  # a step each: the second has a loss that is not finite
     arms = {"good": {}, "lost": {"model.optimizer.lr": 1e30}}
     file.write_text(yaml.safe_dump({**content, "arms": arms, "parameters": parameters, "seeds": 1, "baseline": "good"}))
     assert (
