@@ -192,8 +192,11 @@ def _line(sweep: SweepFile, arm: Arm) -> list[str]:
 
 
 def _places(sweep: SweepFile) -> tuple[Mapping[str, Any], ...]:
+    """The domains of each task; as in a grid, none from a domain to itself."""
     varied = [p for p in sweep.parameters if p.key in DOMAINS]
-    return tuple(dict(zip([p.key for p in varied], v)) for v in itertools.product(*(p.values for p in varied)))
+    found = [dict(zip([p.key for p in varied], v)) for v in itertools.product(*(p.values for p in varied))]
+    pairs = [(place, [{**sweep.fixed, **place}.get(key) for key in DOMAINS]) for place in found]
+    return tuple(place for place, (source, target) in pairs if source is None or source != target)
 
 
 def _ends(sweep: SweepFile, name: str) -> Iterator[dict[str, Any]]:

@@ -79,7 +79,7 @@ def test_more_trials_continue_the_study_and_another_space_is_another_one(tmp_pat
 
 
 def test_value_is_the_mean_over_seeds_and_tasks(tmp_path: Path) -> None:
-    tasks = {"data.target": {"values": ["sketch", "cartoon"]}}
+    tasks = {"data.source": {"value": "photo"}, "data.target": {"values": ["sketch", "cartoon", "photo"]}}
     plan, notes = search(write_sweep(tmp_path, **{**BAYES, "run_cap": 2}, seeds=3, parameters={**X, **tasks}), slots=4)
     assert len(notes.begun) == 2 * 3 * 2
     for trial in trials(plan):
