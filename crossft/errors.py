@@ -85,7 +85,15 @@ class TrainingError(CrossftError, RuntimeError):
 
 
 class Interrupted(CrossftError):
-    """Training stopped on a signal, after saving; ``crossft resume`` goes on."""
+    """Training stopped on a signal, after saving; ``crossft resume`` goes on.
+
+    Attributes:
+        requeue: whether the signal asked to be queued again.
+    """
+
+    def __init__(self, message: str, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
 
 
 class Pruned(CrossftError):

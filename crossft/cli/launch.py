@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
+from crossft.cli.slurm import environment
 from crossft.errors import CrossftError, RunError
 
 __all__ = ["Launch"]
 
 _VARIABLE = "CROSSFT_LAUNCH"
+_START = timedelta(minutes=15)
+"""Patience with processes that start later, on slow nodes."""
+_DECISION = timedelta(days=30)
+"""Patience with the first process, which may wait for another run to fit the source."""
 
 
 class Launch:
@@ -30,7 +35,8 @@ class Launch:
     """
 
     def __init__(self) -> None:
-        self._environment = next((e() for e in (TorchElasticEnvironment, SLURMEnvironment) if e.detect()), None)
+        found = environment()
+        self._environment = None if isinstance(found, LightningEnvironment) else found
         self._store: Any = None
         if self._environment is not None:
             self.rank, self.world = self._environment.global_rank(), self._environment.world_size()
@@ -87,9 +93,11 @@ class Launch:
                 self._environment.main_port,
                 self.world,
                 is_master=self.first and not agent,
+                timeout=_START,
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+            store.set_timeout(_DECISION)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"crossft-{attempt}", store)  # type: ignore[attr-defined]
         return self._store

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 
@@ -18,6 +19,7 @@ from crossft.callbacks.monitoring import (
     Ledger,
     Pruning,
     RunLog,
+    Stopping,
     load_checkpoint,
 )
 from crossft.callbacks.monitoring.oracle import Oracle
@@ -35,6 +37,7 @@ from crossft.cli.selection import (
     remove_oracle_files,
     scores_followed,
 )
+from crossft.cli.slurm import environment, refuse_strays
 from crossft.cli.weights import load_weights
 from crossft.data import DomainData
 from crossft.errors import ConfigError, Interrupted, Pruned
@@ -54,12 +57,17 @@ def build_task(settings: Settings, data: DomainData) -> Task:
 
 
 def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
-    """Build a Trainer from the config.
+    """Build a Trainer from the config; inside a SLURM job without Lightning's own requeue.
 
     Raises:
-        ConfigError: Lightning refuses the combination.
+        ConfigError: Lightning refuses the combination, or would load a checkpoint that nobody named.
     """
     arguments = {**dict(settings.build("trainer").trainer), **overrides}
+    if (launcher := environment()) is not None:
+        plugins = _listed(arguments.get("plugins"))
+        if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            arguments["plugins"] = [*plugins, launcher]
+        refuse_strays(arguments.get("default_root_dir"))
     try:
         return Trainer(**arguments)
     except (MisconfigurationException, ValueError, TypeError) as error:
@@ -100,6 +108,7 @@ class Leg:
         init: checkpoint of the model it starts from, or None for the pretrained backbone.
         resume: its own checkpoint that training continues from, or None.
         launch: the processes that run it.
+        stopping: takes the signals.
         wandb: the W&B logger while it runs.
     """
 
@@ -109,6 +118,7 @@ class Leg:
     init: Path | None
     resume: Path | None
     launch: Launch
+    stopping: Stopping
     wandb: Any = None
 
     def run(self) -> None:
@@ -156,7 +166,7 @@ class Leg:
         chosen = self.folder.last if select is None else self.folder.best
         load_weights(task, chosen)
         validated = self._validated(task)
-        after = measure(self.settings, task, self.data, methods=methods)
+        after = measure(self.settings, task, self.data, methods=[*methods, self.stopping])
         metrics: dict[str, float | None] = {**validated, **final_metrics(task.domains, before, after, config.before)}
         if config.select.oracle and self.launch.first:
             metrics |= oracle_metrics(self.folder, task, self.data, after, select)
@@ -178,7 +188,7 @@ class Leg:
             return dict(read_json(self.folder.before)["metrics"])
         names = task.evaluation.names
         known = tuple(f"{names[d.name]}/test/" for d in task.domains if task.head_keys[d.name] in trained)
-        found = measure(self.settings, task, self.data) if known else {}
+        found = measure(self.settings, task, self.data, methods=[self.stopping]) if known else {}
         before = {key: value for key, value in found.items() if key.startswith(known)}
         if self.launch.first:
             untrained = [d.name for d in task.domains if task.head_keys[d.name] not in trained]
@@ -211,11 +221,13 @@ class Leg:
                 FiniteCheck(),
                 bar,
                 RunIdentity(self.folder.path, run_id),
+                self.stopping,
                 Checkpoints(
                     self.folder.path,
                     **dict(config.checkpoints),
                     monitor=select,
                     mode="max" if select is None or higher_is_better(select) else "min",
+                    stopping=self.stopping,
                 ),
             ],
             default_root_dir=str(self.folder.path),
@@ -224,6 +236,7 @@ class Leg:
         )
         try:
             trainer.fit(task, datamodule=self.data, ckpt_path=self.resume, weights_only=True)
+            self.stopping.check()
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {error}") from error
         except ValueError as error:
@@ -241,7 +254,7 @@ class Leg:
         scores = scores_followed(config.select.metric, task, self.data, (), config.trial.metric)
         if not scores and not any(row["val_labels"] for row in self.data.describe()):
             return {}
-        return measure(self.settings, task, self.data, "val", scores)
+        return measure(self.settings, task, self.data, "val", [*scores, self.stopping])
 
     def _position(self) -> tuple[int, str]:
         """The optimizer step to begin at, and the run's W&B id: as the checkpoint says, where one is resumed."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock
 
-from crossft.callbacks.monitoring import latest_valid
+from crossft.callbacks.monitoring import Stopping, latest_valid
 from crossft.callbacks.monitoring.checkpoint_io import sha256
 from crossft.cli.before import adopt_before, shared_before
 from crossft.cli.launch import Launch
@@ -20,11 +23,13 @@ from crossft.cli.parser import Settings
 from crossft.cli.safety import take_allowed
 from crossft.cli.saved import read_splits
 from crossft.cli.screen import quiet_lightning
+from crossft.cli.slurm import requeue, restarted
 from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
-from crossft.errors import ConfigError, CrossftError, RunError
+from crossft.errors import ConfigError, CrossftError, Interrupted, RunError
 from crossft.metrics import primary_metric
 from crossft.runs import RunFolder, config_hash, run_id, write_atomic, write_json
+from crossft.sweeps.state import begun
 from crossft.tasks.evaluation import display_names
 
 __all__ = ["Chain", "chosen_by_source", "prepared", "run", "source_settings"]
@@ -40,9 +45,22 @@ NOT_TRAINED = (
 
 def run(command: str, arguments: list[str]) -> int:
     """``crossft fit`` and ``crossft resume``."""
-    if command == "fit":
-        Chain(Settings(arguments, "fit")).run()
-        return 0
+    try:
+        with Stopping() as stopping:
+            return _fit(arguments, stopping) if command == "fit" else _resume(arguments, stopping)
+    except Interrupted as stop:
+        if not stop.requeue or "SLURM_JOB_ID" not in os.environ or not Launch().first:
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's answer to a requeue; nothing is left to be stopped
+        raise Interrupted(f"{stop}; {requeue(os.environ['SLURM_JOB_ID'])}", requeue=True) from stop
+
+
+def _fit(arguments: list[str], stopping: Stopping) -> int:
+    Chain(Settings(arguments, "fit"), stopping).run()
+    return 0
+
+
+def _resume(arguments: list[str], stopping: Stopping) -> int:
     arguments, allowed = take_allowed(arguments)
     parser = argparse.ArgumentParser("crossft resume", description="Continue a run from its folder, to the same bits.")
     parser.add_argument("run", help="the run folder")
@@ -61,7 +79,7 @@ def run(command: str, arguments: list[str]) -> int:
     if not folder.config.is_file():
         raise RunError(f"{folder.config} is missing: the run never began; remove the folder and start it again")
     settings = Settings(yaml.safe_load(folder.config.read_text(encoding="utf-8")), "resume", allowed)
-    Chain(settings, folder).run()
+    Chain(settings, stopping, folder).run()
     return 0
 
 
@@ -116,13 +134,13 @@ class Chain:
 
     Args:
         settings: the run's configuration.
+        stopping: takes the signals; one that nobody has entered by default.
         folder: the run's folder, where it is resumed.
     """
 
-    def __init__(self, settings: Settings, folder: RunFolder | None = None) -> None:
+    def __init__(self, settings: Settings, stopping: Stopping | None = None, folder: RunFolder | None = None) -> None:
         quiet_lightning()
-        self.settings, self.folder = settings, folder
-        self.launch = Launch()
+        self.settings, self.folder, self.stopping = settings, folder, stopping or Stopping()
         config = settings.config
         if config.trainer.fast_dev_run:
             raise ConfigError("trainer.fast_dev_run leaves no checkpoint to measure; use --trainer.max_steps 2")
@@ -130,7 +148,14 @@ class Chain:
         self.source: Settings | None = None
         if config.source_leg is not None and config.init is None and config.data.source:
             self.source = source_settings(settings)
+        elif config.run.only_source:
+            raise ConfigError("run.only_source=true: this config fits no source first (source_leg, data.source, init)")
         self._lock: FileLock | None = None
+
+    @cached_property
+    def launch(self) -> Launch:
+        """The processes of this command."""
+        return Launch()
 
     def run(self) -> None:
         """Run what is left of the chain."""
@@ -138,15 +163,21 @@ class Chain:
         if self.source is not None:
             source_data = prepared(self.source)
             self.source.config.select.metric = chosen_by_source(source_data)
-        data = prepared(self.settings, self._inherited(source_data))
         try:
+            if self.settings.config.run.only_source and source_data is not None:
+                self._run_source(self.launch.agree(partial(self._decide_source, source_data)), source_data, None)
+                return
+            data = prepared(self.settings, self._inherited(source_data))
             plan = self.launch.agree(lambda: self._decide(data, source_data))
             folder = RunFolder(plan["folder"])
+            if plan.get("finished"):
+                print(f"{folder.path} is finished: nothing to do")
+                return
             init = self.init
             if source_data is not None:
                 init = self._run_source(plan, source_data, folder)
             resume = Path(plan["resume"]) if plan["resume"] else None
-            Leg(self.settings, folder, data, init, resume, self.launch).run()
+            Leg(self.settings, folder, data, init, resume, self.launch, self.stopping).run()
         finally:
             self._release()
 
@@ -165,6 +196,9 @@ class Chain:
         source = self._source_folder(source_data) if source_data is not None else None
         start = sha256(self.init) if self.init is not None else None
         digest = config_hash({**self._hashed(self.settings), "data_content": data.fingerprint, "init_content": start})
+        run = self.settings.config.run
+        if self.folder is None and (restarted() if run.resume is None else run.resume):
+            self.folder = begun(self._path(digest))
         if self.folder is None:
             parent = str(source.path) if source is not None else self.settings.config.init
             self.folder = self._create(self.settings, self._path(digest), digest, data, parent)
@@ -173,17 +207,20 @@ class Chain:
                 f"{self.folder.path}: its config.yaml or its data are not those the run began with "
                 f"(hash {digest}, was {self.folder.summary()['config_hash']}); a resume would not give the same run"
             )
+        if self.folder.summary()["status"] == "finished":
+            return {"folder": str(self.folder.path), "finished": True}
         plan: dict[str, Any] = {"folder": str(self.folder.path), "resume": _text(latest_valid(self.folder.checkpoints))}
-        if source is not None and source_data is not None:
-            plan |= self._decide_source(source, source_data)
+        if source_data is not None:
+            plan |= self._decide_source(source_data)
         init = checkpoint_of(source.path) if source is not None and plan["source_done"] else self.init
         if init is not None and self.settings.config.before:
             adopt_before(self.folder, shared_before(self.settings, data, init))
         return plan
 
-    def _decide_source(self, folder: RunFolder, data: DomainData) -> dict[str, Any]:
+    def _decide_source(self, data: DomainData) -> dict[str, Any]:
         """Reuse a finished source, continue an unfinished one, or begin; one process at a time, under a lock."""
         assert self.source is not None
+        folder = self._source_folder(data)
         folder.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder.path.parent / f".{folder.path.name}.lock")
         if not _acquired(self._lock):
@@ -253,7 +290,7 @@ class Chain:
 
     # -- the source leg -----------------------------------------------------------------------------------------
 
-    def _run_source(self, plan: dict[str, Any], data: DomainData, target: RunFolder) -> Path:
+    def _run_source(self, plan: dict[str, Any], data: DomainData, target: RunFolder | None) -> Path:
         """Fit the source unless that is done; return the checkpoint the target leg starts from."""
         assert self.source is not None
         folder = RunFolder(plan["source"])
@@ -262,9 +299,9 @@ class Chain:
                 print(f"source: fitting {', '.join(d.name for d in data.domains)} first, in {folder.path}")
             resume = Path(plan["source_resume"]) if plan["source_resume"] else None
             try:
-                Leg(self.source, folder, data, None, resume, self.launch).run()
+                Leg(self.source, folder, data, None, resume, self.launch, self.stopping).run()
             except CrossftError as error:
-                if self.launch.first:
+                if self.launch.first and target is not None:
                     target.write_summary(status=folder.summary()["status"], error=f"in the source leg: {error}")
                 raise
             self._release()

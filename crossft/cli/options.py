@@ -10,15 +10,20 @@ __all__ = ["CheckpointOptions", "RunOptions", "SelectOptions", "TrialOptions", "
 
 @dataclass
 class RunOptions:
-    """Where the run folder lies.
+    """Where the run folder lies, and what is done of it.
 
     Attributes:
         root: folder of all experiments; a run's folder is ``ROOT/EXPERIMENT/ARM-sSEED-HASH``.
         dir: or: the run's folder itself.
+        resume: continue the same run where its folder holds it unfinished, and leave a finished one as it is; null:
+            only where SLURM or torchrun starts the same command again.
+        only_source: fit the source that the run would start from, and stop.
     """
 
     root: str = "runs"
     dir: str | None = None
+    resume: bool | None = None
+    only_source: bool = False
 
 
 @dataclass

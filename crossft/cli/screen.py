@@ -24,6 +24,7 @@ def quiet_lightning() -> None:
         "`weights_only` was not set",  # our checkpoint reader never unpickles code, whatever is asked
         r"Found \d+ module\(s\) in eval mode",  # frozen stages and statistics: the task sets modes itself
         "Trying to infer the `batch_size`",
+        "The `srun` command is available",  # a command on a login node, or under torchrun, is no mistake
     ):
         warnings.filterwarnings("ignore", message=note)
 

@@ -30,13 +30,18 @@ if TYPE_CHECKING:
 __all__ = ["close", "print_plan", "report", "run", "search"]
 
 _DESCRIPTION = """Run every arm and seed of a sweep file. plan checks every config and prints what would run;
-run does it, and goes on where it was stopped: finished runs are kept, unfinished ones resumed.
+run does it, and goes on where it was stopped: finished runs are kept, unfinished ones resumed; slurm submits it to a
+cluster (crossft sweep slurm --help).
 wandb registers the sweep with W&B and prints the command of its agents, which start agent FILE ARGUMENTS for a run.
 Flags of the config after the file, as in --data.root=DIR, hold for every run."""
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Plan or run a sweep; 1 where a run failed or was stopped."""
+    """Plan, run or submit a sweep; 1 where a run failed or was stopped."""
+    if arguments[:1] == ["slurm"]:
+        from crossft.cli.sweep_slurm import run as run_slurm
+
+        return run_slurm(arguments[1:])
     options, flags = _options(arguments)
     asked = flags.pop(0) if options.what == "agent" and flags else ""
     sweep = read_sweep(options.file, flags)

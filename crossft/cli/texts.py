@@ -13,7 +13,10 @@ COMMANDS = {
     "export": ("export", "write a run's backbone as a plain timm state or a transformers folder"),
     "inspect": ("inspect", "print the stages of a config's model, with parameter counts"),
     "list": ("catalog", "list the methods, backbones or tasks, with the paper each"),
-    "sweep": ("sweep", "plan or run every arm and seed of a sweep file; goes on where it was stopped"),
+    "sweep": (
+        "sweep",
+        "plan, run, or submit to SLURM every arm and seed of a sweep file; goes on where it was stopped",
+    ),
     "cache": ("cache", "list or remove the stored activations of frozen backbones"),
     "compare": ("compare", "put runs side by side: gain and retention with confidence intervals"),
 }

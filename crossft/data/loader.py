@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -59,9 +61,25 @@ def make_loader(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Outlast the signals that a scheduler or Ctrl-C sends to every process of a run.
+
+    A worker that dies of one would take the batch with it that the main process needs to reach its next step and save.
+    A second SIGTERM ends it: the loader sends one to a worker that does not leave by itself.
+    """
+    signal.signal(signal.SIGTERM, _default_next_time)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _default_next_time(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)
 
 
 def eval_loaders(

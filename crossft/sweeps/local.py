@@ -7,6 +7,7 @@ for them instead of starting them twice.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shlex
@@ -25,11 +26,12 @@ from crossft.errors import ConfigError, Interrupted, RunError
 from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.state import State, clear, reason, source_finished, state_of, tail
 
-__all__ = ["Local", "Outcome", "Supply", "Watcher", "cores", "locked"]
+__all__ = ["THREADS", "Local", "Outcome", "Supply", "Watcher", "cores", "judge", "locked"]
 
 STOPPED = 143
 """Exit code of a run that saved and stopped on a signal."""
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Variables that limit the threads of a process."""
 _POLL, _POLL_ELSEWHERE, _GRACE = 0.1, 1.0, 120.0
 
 
@@ -206,7 +208,7 @@ class Local:
 
     def _spawn(self, run: Run, slot: int, fresh: bool, lock: int) -> subprocess.Popen[bytes]:
         words = ["fit", *run.flags] if fresh else ["resume", str(run.folder.path), *run.allow]
-        environment = {**os.environ, **dict.fromkeys(_THREADS, str(self.threads)), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads)), "PYTHONUNBUFFERED": "1"}
         if self.gpus:
             mine = self.gpus[slot :: self.slots] or [self.gpus[slot % len(self.gpus)]]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
@@ -231,7 +233,7 @@ class Local:
             del self._active[slot]
             if active.run.source is not None and source_finished(active.run.folder):
                 self._ready.add(active.run.source)
-            state, why = _judge(active.run, code)
+            state, why = judge(active.run, code)
             os.close(active.lock)
             self._end(Outcome(active.run, state, why, time.monotonic() - active.began), slot, watcher)
 
@@ -275,7 +277,7 @@ class Local:
         raise Interrupted(f"the sweep was stopped, {left} runs are left; the same command goes on with them")
 
 
-def _judge(run: Run, code: int) -> tuple[State, str]:
+def judge(run: Run, code: int) -> tuple[State, str]:
     """What became of a run whose process ended; the folder learns it where the process could not say."""
     state = state_of(run.folder)
     if state is State.FINISHED and code == 0:
@@ -302,13 +304,21 @@ def _signal_name(number: int) -> str:
 
 
 def locked(path: Path, wait: bool = False) -> int | None:
-    """Take the lock of a run, and return its descriptor; None where another process has it and ``wait`` is false."""
+    """Take the lock of a run, and return its descriptor; None where another process has it and ``wait`` is false.
+
+    Raises:
+        RunError: the file system has no locks.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise RunError(
+            f"{path}: the file system refuses locks ({error}); put run.root on one that has flock"
+        ) from error
     return descriptor
 
 

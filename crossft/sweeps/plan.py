@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Run:
         source: a name that runs share whose source leg is the same; None where there is no such leg.
         flags: the arguments after ``crossft fit``.
         allow: the ``--allow`` flags, which a resume needs as well.
+        trainer: the ``trainer`` section of its resolved config.
     """
 
     arm: Arm
@@ -43,6 +44,7 @@ class Run:
     source: str | None
     flags: tuple[str, ...]
     allow: tuple[str, ...] = ()
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -164,9 +166,8 @@ def make_plan(sweep: SweepFile, allow: Sequence[str] = (), program: Sequence[str
 def _run(arm: Arm, seed: int, root: Path, line: Sequence[str], one: Mapping[str, Any], allowed: tuple[str, ...]) -> Run:
     folder = RunFolder(root / run_id(arm.name, seed, one["hash"]))
     source = None if one["source"] is None else f"{one['source']}-s{source_seed(one, seed)}"
-    return Run(
-        arm, seed, folder, source, (*line, f"--seed_everything={seed}", f"--run.dir={folder.path}", *allowed), allowed
-    )
+    flags = (*line, f"--seed_everything={seed}", f"--run.dir={folder.path}", *allowed)
+    return Run(arm, seed, folder, source, flags, allowed, one["config"].get("trainer") or {})
 
 
 def one_run(

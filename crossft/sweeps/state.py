@@ -9,7 +9,11 @@ from pathlib import Path
 from crossft.errors import RunError
 from crossft.runs import RunFolder
 
-__all__ = ["State", "clear", "reason", "source_finished", "state_of", "tail"]
+__all__ = ["State", "begun", "clear", "reason", "source_finished", "state_of", "tail"]
+
+
+_EARLY = {"checkpoints", "summary.json", "config.yaml", "splits.json"}
+"""What a run folder holds before its run has begun."""
 
 
 class State(Enum):
@@ -59,6 +63,22 @@ def clear(folder: RunFolder) -> bool:
             raise RunError(f"{folder.path} holds checkpoints but no config.yaml; move it away, or restore the file")
         shutil.rmtree(folder.path)
     return True
+
+
+def begun(path: Path | str) -> RunFolder | None:
+    """The run in a folder, finished or to be continued; None where there is none and one can be started afresh.
+
+    What a run left that died before it began is removed; any other content is left to `RunFolder.create` to refuse.
+    """
+    folder = RunFolder(path)
+    if state_of(folder) is State.FAILED and not any(folder.checkpoints.glob("*")):
+        return None
+    if _begun(folder):
+        return folder
+    names = {entry.name for entry in folder.path.iterdir()} if folder.path.is_dir() else set()
+    if names and all(name in _EARLY or name.startswith(".tmp-") for name in names):
+        clear(folder)
+    return None
 
 
 def source_finished(folder: RunFolder) -> bool:

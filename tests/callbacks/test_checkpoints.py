@@ -15,7 +15,14 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from tiny import TinyVision, image_domains
 
 from crossft.callbacks.adaptation import DANN
-from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, RunLog, latest_valid, load_checkpoint
+from crossft.callbacks.monitoring import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    RunLog,
+    Stopping,
+    latest_valid,
+    load_checkpoint,
+)
 from crossft.callbacks.monitoring.checkpoint_io import check, manifest_of, publish
 from crossft.callbacks.retention import L2SP
 from crossft.data import DomainData
@@ -124,21 +131,25 @@ def test_resume_from_every_checkpoint_is_bit_equal(whole, tmp_path: Path) -> Non
 
 
 class TerminateAt(Callback):
-    def __init__(self, micro: int) -> None:
-        self.micro, self.count = micro, 0
+    def __init__(self, micro: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.micro, self.number, self.count = micro, number, 0
 
     def on_train_batch_start(self, *_) -> None:
         self.count += 1
         if self.count == self.micro:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("micro", [3, 8])
-def test_sigterm_saves_at_the_next_boundary_and_stops(whole, tmp_path: Path, micro: int) -> None:
+@pytest.mark.parametrize(("micro", "number"), [(3, signal.SIGTERM), (8, signal.SIGUSR1), (3, signal.SIGINT)])
+def test_a_signal_saves_at_the_next_boundary_and_stops(
+    whole, tmp_path: Path, micro: int, number: signal.Signals
+) -> None:
     """A signal within an accumulation window waits for its step; at an epoch's last step, for the validation."""
     root, folder, _, _ = whole
-    with pytest.raises(Interrupted, match="after saving"):
-        train(root, tmp_path, extra=(TerminateAt(micro),))
+    former = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"{number.name} at optimizer step .* after saving") as stop:
+        train(root, tmp_path, extra=(TerminateAt(micro, number),))
+    assert stop.value.requeue == (number is signal.SIGUSR1)
     path = latest_valid(tmp_path / "checkpoints")
     assert int(path.stem.split("-")[1]) == (micro + 1) // 2
     _, other = train(root, tmp_path, resume=path)
@@ -147,7 +158,23 @@ def test_sigterm_saves_at_the_next_boundary_and_stops(whole, tmp_path: Path, mic
         load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"],
     )
     assert other.seen[0][0] == (micro + 1) // 2
-    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == former
+
+
+def test_a_signal_outside_of_training_stops_at_once_and_a_second_interrupt_does_too() -> None:
+    former = signal.getsignal(signal.SIGUSR2)
+    with pytest.raises(Interrupted, match="stopped by SIGUSR2") as stop, Stopping():
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert stop.value.requeue
+    assert signal.getsignal(signal.SIGUSR2) == former
+    with Stopping() as stopping:
+        stopping.take(training=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.received is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="stopped by SIGINT"):
+            stopping.check()
 
 
 def test_a_damaged_or_half_written_checkpoint_is_passed_over(whole, tmp_path: Path) -> None:

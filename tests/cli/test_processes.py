@@ -46,6 +46,7 @@ def chain(config: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) 
 def flags(config: Path, images: Path, root: Path) -> list[str]:
     named = [f"--config={config}", f"--data.root={images}", "--data.source=photo", "--data.target=sketch"]
     spread = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--trainer.max_epochs=1"]
+    spread += ["--model.batchnorm=frozen"]  # statistics of a batch are those of a process
     return [*named, *spread, f"--run.root={root}", "--trainer.callbacks=interrupting.StopAt", "--allow=interrupting"]
 
 
@@ -53,6 +54,17 @@ def test_lightning_starts_both_legs(chain: Path) -> None:
     folders = {p.name.split("-")[0]: RunFolder(p).summary() for p in chain.iterdir() if p.is_dir()}
     assert {name: s["status"] for name, s in folders.items()} == {"source": "finished", "lightning": "finished"}
     assert folders["lightning"]["metrics"]["source/retention"] is not None
+
+
+def test_two_processes_end_where_one_does(chain: Path, config: Path, images: Path, tmp_path: Path) -> None:
+    alone = ["--trainer.devices=1", "--trainer.strategy=auto", "--data.batch_size=8", "--arm=alone"]
+    assert main(["fit", *flags(config, images, tmp_path), *alone]) == 0
+    for name in ("source-*", "[la]*-s0-*"):
+        (one,), (two,) = ((root.glob(name)) for root in (tmp_path / "tiny", chain))
+        first, second = (load_checkpoint(p / "checkpoints" / "last.ckpt") for p in (one, two))
+        assert first["global_step"] == second["global_step"] > 1
+        for key, value in first["state_dict"].items():
+            torch.testing.assert_close(value, second["state_dict"][key], rtol=1e-4, atol=1e-6)
 
 
 def test_torchrun_reuses_the_source_and_stops_on_a_signal(chain: Path, config: Path, images: Path) -> None:

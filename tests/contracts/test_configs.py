@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 from crossft.callbacks.base import MethodCallback
 from crossft.cli.leg import build_trainer
@@ -17,8 +18,9 @@ from crossft.sweeps.file import read_sweep
 from crossft.types import Domain
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BASES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ("methods", "sweeps"))
+BASES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ("methods", "sweeps", "trainer"))
 FRAGMENTS = sorted((CONFIGS / "methods").glob("*.yaml"))
+TRAINERS = sorted((CONFIGS / "trainer").glob("*.yaml"))
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 DATA = ["--data.root=.", "--data.source=a", "--data.target=b"]
 
@@ -34,10 +36,10 @@ def test_every_config_is_seen() -> None:
         "text/domains.yaml",
         "text/adapt.yaml",
     }
-    assert {*BASES, *FRAGMENTS, *SWEEPS} == set(CONFIGS.rglob("*.yaml"))
+    assert {*BASES, *FRAGMENTS, *TRAINERS, *SWEEPS} == set(CONFIGS.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", [*BASES, *FRAGMENTS], ids=name)
+@pytest.mark.parametrize("path", [*BASES, *FRAGMENTS, *TRAINERS], ids=name)
 def test_comment_says_what_it_is_for_and_how_to_run_it(path: Path) -> None:
     comment = re.match(r"(?:# ?.*\n)+", path.read_text())
     assert comment, path
@@ -65,6 +67,17 @@ def test_fragment_goes_over_every_base(fragment: Path) -> None:
         assert settings.config.arm in (fragment.stem, "plain")
         built = settings.build("methods").methods
         assert set(built) == set(settings.config.methods)
+
+
+@pytest.mark.parametrize("fragment", TRAINERS, ids=name)
+def test_trainer_fragment_goes_over_a_base(fragment: Path) -> None:
+    base = CONFIGS / "vision" / "domains.yaml"
+    settings = Settings([f"--config={base}", f"--config={fragment}", *DATA])
+    trainer = build_trainer(settings, logger=False, accelerator="cpu")
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert trainer.world_size == settings.config.trainer.devices * settings.config.trainer.num_nodes > 1
+    assert f"max_epochs: {trainer.max_epochs}\n" in base.read_text(), "the fragment replaced the base's trainer"
+    assert not settings.config.trainer.use_distributed_sampler
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=name)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -366,6 +369,22 @@ def test_an_image_that_breaks_after_the_check_is_named(images, image_spec):
     loaders = [data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
     with pytest.raises(DataError, match=r"photo/cat/000\.png: unreadable image"):
         [list(loader) for loader in loaders]
+
+
+def test_workers_outlast_the_signals_that_a_scheduler_sends_to_every_process(images, image_spec):
+    expected = list(both(images, image_spec, batch_size=4).train_dataloader())
+    batches = iter(loader := both(images, image_spec, batch_size=4, num_workers=1).train_dataloader())
+    found = [next(batches)]
+    (worker,) = loader._iterator._workers
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid, number)
+    found += batches
+    assert len(found) > 6, "more than a worker prepares ahead"
+    assert_equal(expected, found)
+    with contextlib.suppress(RuntimeError):  # torch tells of it, where it sees it first
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(20)
+    assert not worker.is_alive(), "the second one, as a loader sends it to a worker that hangs"
 
 
 def test_test_rows_that_another_domain_trains_on_are_counted(images, image_spec):

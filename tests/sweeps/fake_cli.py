@@ -30,6 +30,10 @@ def main() -> int:
     else:
         flags = dict(word[2:].split("=", 1) for word in words)
         folder = RunFolder(flags["run.dir"])
+        if flags.get("run.resume") == "true" and folder.summary_file.is_file():
+            command, folder = "resume", RunFolder.open(folder.path)
+            if folder.summary()["status"] == "finished":
+                return 0
     with (folder.path.parent / "starts.txt").open("a") as file:
         file.write(f"{command} {folder.path.name} {os.environ['OMP_NUM_THREADS']} {os.getpid()}\n")
     if flags.get("fake.end") == "early":

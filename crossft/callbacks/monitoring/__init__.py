@@ -10,6 +10,7 @@ from crossft.callbacks.monitoring.pruning import Pruning
 from crossft.callbacks.monitoring.rate_range import RateRange
 from crossft.callbacks.monitoring.run_log import RunLog
 from crossft.callbacks.monitoring.scores import Scores
+from crossft.callbacks.monitoring.stopping import Stopping
 
 __all__ = [
     "Anchors",
@@ -22,6 +23,7 @@ __all__ = [
     "RateRange",
     "RunLog",
     "Scores",
+    "Stopping",
     "latest_valid",
     "ledger_rows",
     "load_checkpoint",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from crossft.callbacks.monitoring.anchors import Anchors
 from crossft.callbacks.monitoring.checkpoint_io import latest_valid, publish
+from crossft.callbacks.monitoring.stopping import Stopping
 from crossft.errors import CheckpointError, ConfigError, Interrupted
 from crossft.runs import RunFolder
 from crossft.tasks import Task
@@ -30,7 +29,7 @@ class Checkpoints(Checkpoint):
     """Writes ``checkpoints/step-N.ckpt``, and ``last.ckpt`` and ``best.ckpt`` as further names of them.
 
     A save happens at the end of every epoch, after validation, and every ``every_minutes`` or ``every_n_steps`` in
-    between; on SIGTERM at the next such boundary, on all processes together. It holds every process's RNG.
+    between; on a signal at the next such boundary, on all processes together. It holds every process's RNG.
     Use it with ``AtomicCheckpointIO`` among the trainer's plugins.
 
     Args:
@@ -40,6 +39,7 @@ class Checkpoints(Checkpoint):
         keep: number of step checkpoints kept; the newest valid one is what a resume takes.
         monitor: validation metric that ``best.ckpt`` maximizes or minimizes; None keeps no best.
         mode: ``max`` or ``min``.
+        stopping: takes the signals; one of its own by default.
 
     Raises:
         ConfigError: ``every_n_steps`` or ``keep`` below 1, or ``every_minutes`` not positive.
@@ -53,6 +53,7 @@ class Checkpoints(Checkpoint):
         keep: int = 2,
         monitor: str | None = None,
         mode: str = "max",
+        stopping: Stopping | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"every_n_steps={every_n_steps} must be at least 1; null saves at epoch ends only")
@@ -66,7 +67,7 @@ class Checkpoints(Checkpoint):
         self.best_score: float | None = None
         self.best_step = self.saved_step = -1
         self._rng: dict[str, Any] | None = None
-        self._terminated = False
+        self.stopping = stopping or Stopping()
 
     # -- life cycle --------------------------------------------------------------------------------------------
 
@@ -76,18 +77,15 @@ class Checkpoints(Checkpoint):
             pl_module.attachments.anchors = Anchors(self.folder.anchors, write=trainer.is_global_zero)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put every RNG back after a resume, and take SIGTERM: the handler sets a flag, nothing else.
+        """Put every RNG back after a resume, and take the signals: the handler sets a flag, nothing else.
 
         This callback is the last, so what others draw while starting does not count, and what they draw at the next
         batch or epoch comes from the saved state. Lightning puts the former signal handler back after the fit.
         """
-        signal.signal(signal.SIGTERM, self._terminate)
+        self.stopping.take(training=True)
         if self._rng is not None:
             _set_rng(self._rng)
             self._rng = None
-
-    def _terminate(self, signum: int, frame: FrameType | None) -> None:
-        self._terminated = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,19 +93,23 @@ class Checkpoints(Checkpoint):
         """Save when due; at the last batch, or before a validation, the save waits until that is done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or self._ends_epoch(trainer, batch_idx):
             return
-        wanted = self._terminated or (trainer.is_global_zero and self._due(trainer.global_step))
+        wanted = self.stopping.received is not None or (trainer.is_global_zero and self._due(trainer.global_step))
         if trainer.strategy.reduce_boolean_decision(wanted, all=False):
             self._save(trainer)
-            self._stop_if_terminated(trainer)
+            self._stop_if_told(trainer)
 
     def _due(self, step: int) -> bool:
         by_count = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
         return by_count or by_time
 
-    def _stop_if_terminated(self, trainer: Trainer) -> None:
-        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
-            raise Interrupted(f"stopped by SIGTERM at optimizer step {trainer.global_step}, after saving")
+    def _stop_if_told(self, trainer: Trainer) -> None:
+        """Stop in all processes where any was told to; every one has saved."""
+        told, anywhere = self.stopping, trainer.strategy.reduce_boolean_decision
+        if anywhere(told.received is not None, all=False):
+            requeue = anywhere(told.requeue, all=False)
+            word = told.received.name if told.received is not None else "a signal to another process"
+            raise Interrupted(f"stopped by {word} at optimizer step {trainer.global_step}, after saving", requeue)
 
     @staticmethod
     def _ends_epoch(trainer: Trainer, batch_idx: int) -> bool:
@@ -118,12 +120,13 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after validation and after all other callbacks."""
         self._save(trainer, best=True)
-        self._stop_if_terminated(trainer)
+        self._stop_if_told(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what a fit that stopped within an epoch has reached."""
         if self.saved_step != trainer.global_step:
             self._save(trainer)
+        self._stop_if_told(trainer)
 
     # -- saving ------------------------------------------------------------------------------------------------
 
