@@ -91,7 +91,9 @@ def test_array_with_a_preempted_arm_ends_as_the_local_sweep(
     wait(lambda: at_once(job) or preempted.with_suffix(".log").read_text().count("$ crossft") == 2, logs)
     wait(lambda: not said("squeue", "--noheader"), logs)
 
-    assert main(["sweep", "run", str(study(folders["local"], config, images)), "--allow=interrupting"]) == 0
+    assert (
+        main(["sweep", "run", str(study(folders["local"], config, images)), "--allow=interrupting", "--threads=1"]) == 0
+    )
     log = preempted.with_suffix(".log").read_text()
     assert log.count("$ crossft fit ") == 2, log
     assert "stopped by SIGTERM at optimizer step 4, after saving" in log
