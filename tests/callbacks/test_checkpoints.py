@@ -184,6 +184,14 @@ def test_a_damaged_or_half_written_checkpoint_is_passed_over(whole, tmp_path: Pa
         manifest_of(tmp_path / path.name).write_bytes(manifest_of(path).read_bytes())
     third, second, first = sorted(tmp_path.glob("*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
     assert latest_valid(tmp_path) == first
+    complete = manifest_of(first).read_bytes()
+    for damaged in (b"", b'{"a"', b"\xff", complete[: len(complete) // 2], b"[]", b"null"):
+        manifest_of(first).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"{first.name}\.manifest\.json (is damaged|does not describe)"):
+            check(first)
+        assert latest_valid(tmp_path) == second
+    manifest_of(first).write_bytes(complete)
+    assert latest_valid(tmp_path) == first
     data = bytearray(first.read_bytes())
     data[len(data) // 2] ^= 1
     first.write_bytes(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossft.callbacks.monitoring import load_checkpoint
+from crossft.callbacks.monitoring import latest_valid, load_checkpoint
 from crossft.cli import main
 from crossft.runs import RunFolder, read_metrics
 
@@ -34,10 +34,23 @@ def same_bits(one: Path, other: Path) -> None:
     assert [(r.step, r.name, r.value) for r in rows[0]] == [(r.step, r.name, r.value) for r in rows[1]]
 
 
-@pytest.mark.parametrize(("role", "step"), [("target", "3"), ("source", "1")])
+def damage_newest(run: Path) -> int:
+    """Flip a byte of the newest step's checkpoint; the step that is valid then."""
+    *_, older, newest = sorted((run / "checkpoints").glob("step-*.ckpt"), key=lambda p: int(p.stem[5:]))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert latest_valid(run / "checkpoints") == older
+    return int(older.stem[5:])
+
+
+@pytest.mark.parametrize(
+    ("role", "step", "damaged"), [("target", "3", False), ("source", "1", False), ("target", "3", True)]
+)
 def test_stopped_chain_ends_in_the_same_bits(
-    never_stopped: Path, fit: Callable[..., int], tmp_path: Path, monkeypatch, capsys, role: str, step: str
+    never_stopped: Path, fit: Callable[..., int], tmp_path: Path, monkeypatch, capsys, role: str, step: str, damaged
 ) -> None:
+    """Where the newest checkpoint is damaged, a resume takes the one before it, and cuts metrics.csv back to it."""
     monkeypatch.setenv("STOP_IN", role)
     monkeypatch.setenv("STOP_AT", step)
     assert fit(tmp_path, *STOPPABLE) == 143
@@ -50,6 +63,9 @@ def test_stopped_chain_ends_in_the_same_bits(
     assert main(["resume", str(run)]) == 2
     assert "--allow interrupting" in capsys.readouterr().err
     assert RunFolder(run).summary()["status"] == "interrupted"
+    if damaged:
+        older = damage_newest(run)
+        assert any(r.step > older for r in read_metrics(run / "metrics.csv")), "there are rows to be cut back"
     assert main(["resume", str(run), "--allow", "interrupting"]) == 0
     assert RunFolder(run).summary()["status"] == "finished"
     same_bits(never_stopped, run)

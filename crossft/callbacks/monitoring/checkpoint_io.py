@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from crossft.errors import CheckpointError, UnsafeCheckpointError
+from crossft.errors import CheckpointError, RunError, UnsafeCheckpointError
 from crossft.runs import read_json, replacing, write_json
 
 __all__ = ["AtomicCheckpointIO", "check", "latest_valid", "load_checkpoint", "manifest_of", "publish", "sha256"]
@@ -43,7 +43,10 @@ def check(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist; `crossft resume` finds the latest valid checkpoint of a run")
     if not manifest.is_file():
         raise CheckpointError(f"{path} has no manifest ({manifest.name}): it was not completely written")
-    entry = read_json(manifest)
+    try:
+        entry = read_json(manifest)
+    except RunError as error:
+        raise CheckpointError(f"{manifest} is damaged ({error.__cause__}), so {path.name} is not trusted") from error
     if not isinstance(entry, dict) or entry.get("file") not in (path.name, None):
         raise CheckpointError(f"{manifest} does not describe {path.name}; remove both")
     if entry.get("bytes") != path.stat().st_size or entry.get("sha256") != sha256(path):
