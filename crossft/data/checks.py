@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from crossft.data.images import open_image
 from crossft.data.splits import MASK
 from crossft.data.table import Table
 from crossft.runs import cache_folder, replacing
@@ -53,7 +54,7 @@ def content_of(table: Table, place: str, verify: Verify) -> tuple[list[int], dic
     seen = _files([str(p) for p in paths.values()], place, verify) if paths else {}
     hashes, problems = [], {}
     for i in range(len(table)):
-        found = seen[str(paths[i])] if i in paths else _object(table.inputs[i])
+        found = seen[str(paths[i])] if i in paths else _object(table.inputs, i)
         hashes.append(found.hash)
         if found.problem:
             problems[i] = found.problem
@@ -80,19 +81,26 @@ def _texts(texts: Sequence[Any]) -> tuple[list[int], dict[int, str]]:
     return hashes, problems
 
 
-def _object(value: Any) -> Seen:
-    """Hash a PIL image, array or tensor by its values."""
-    if value is None:
-        return Seen(0, 0, 0, "no image")
+def _object(inputs: Sequence[Any], row: int) -> Seen:
+    """Load an input and convert it as training does; hash a PIL image, array or tensor by its values."""
+    try:
+        value = inputs[row]
+        if value is None:
+            return Seen(0, 0, 0, "no image")
+        if not isinstance(value, (Image.Image, np.ndarray, Tensor)):
+            return Seen(0, 0, 0, f"a {type(value).__name__} is not an image")
+        content = _values(value)
+        open_image(value)
+    except Exception as error:  # whatever a data set or decoder raises on a damaged row is the row's problem
+        return Seen(0, 0, 0, f"unreadable image: {error or type(error).__name__}")
+    return Seen(0, 0, content, "")
+
+
+def _values(value: Any) -> int:
     if isinstance(value, Image.Image):
-        try:
-            return Seen(0, 0, _hash(value.mode.encode(), str(value.size).encode(), value.tobytes()), "")
-        except (OSError, SyntaxError, ValueError) as error:
-            return Seen(0, 0, 0, f"unreadable image: {error}")
-    if not isinstance(value, (np.ndarray, Tensor)):
-        return Seen(0, 0, 0, f"a {type(value).__name__} is not an image")
+        return _hash(value.mode.encode(), str(value.size).encode(), value.tobytes())
     array = np.ascontiguousarray(value.numpy() if isinstance(value, Tensor) else value)
-    return Seen(0, 0, _hash(str(array.dtype).encode(), str(array.shape).encode(), array.tobytes()), "")
+    return _hash(str(array.dtype).encode(), str(array.shape).encode(), array.tobytes())
 
 
 def _files(paths: list[str], place: str, verify: Verify) -> dict[str, Seen]:
@@ -145,8 +153,7 @@ def _read(path: str, decode: bool) -> Seen:
     problem = ""
     if decode:
         try:
-            with Image.open(path) as image:
-                image.load()
+            open_image(path)
         except Exception as error:  # whatever a decoder raises on a damaged file is the file's problem
             problem = f"unreadable image: {error}".replace(f" {path!r}", "")
     return Seen(stat.st_size, stat.st_mtime_ns, _hash(content), problem)

@@ -152,10 +152,11 @@ class Rows(Dataset[Item]):
         """
         if self.tokens is not None:
             return self.tokens.row(key.row)
-        source = self.inputs[key.row]
+        source: Any = f"row {key.row}"
         try:
+            source = self.inputs[key.row]
             image = open_image(source) if self.cache is None else self.cache.get(key.row, source)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # whatever a data set or decoder raises
             raise DataError(
                 f"{source}: unreadable image: {error}; check it before training with data.verify"
             ) from error

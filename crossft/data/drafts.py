@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from crossft.data import labels as lab
 from crossft.data import splits as sp
 from crossft.data.checks import Verify, content_of
-from crossft.data.readers import Reader
+from crossft.data.readers import SPLIT_NAMES, Reader
 from crossft.data.table import Columns, Table
 from crossft.errors import ConfigError, DataError, LabelError, SplitError
 from crossft.types import Kind, Role
@@ -69,6 +69,7 @@ def draft_of(name: str, role: Role, unlabeled: bool, options: Options, bad: list
     if not len(table):
         raise DataError(f"domain {name!r} under {options.root} has no rows")
     content, problems = content_of(table, f"{options.root.resolve()}/{name}", options.verify)
+    problems |= table.problems
     labels: list[lab.Label] = list(table.labels or [None] * len(table))
     kind: Kind = "multiclass"
     wrong: dict[int, str] = {}
@@ -143,13 +144,27 @@ def split_of(draft: Draft, options: Options, bad: list[dict[str, str]]) -> Draft
     note: str = "random" if draft.unlabeled and mode == "stratified" else mode
     absent: tuple[str, ...] = ("val", "test")
     if mode == "given":
-        draft = _disjoint(replace(draft, split=sp.given(table.splits or [], name, draft.role != "eval")), options, bad)
+        draft = _disjoint(_given(draft, options, bad), options, bad)
         empty = tuple(s for i, s in enumerate(sp.SPLITS) if options.splits[i] > 0 and not (draft.split == i).any())
         absent = () if "train" in empty else empty
         note += f"; {' and '.join(absent)} carved from train" if absent else ""
     if absent:
         draft = replace(draft, split=_carved(draft, absent, mode, options))
     return replace(draft, note=note)
+
+
+def _given(draft: Draft, options: Options, bad: list[dict[str, str]]) -> Draft:
+    """The splits that the rows name; a row that names none of them is a bad row."""
+    names = draft.table.splits or []
+    remedy = "; data.split=stratified does not read it"
+    problems = {
+        i: ("names no split" if s is None else f"unknown split {s!r}, allowed: {', '.join(SPLIT_NAMES)}") + remedy
+        for i, s in enumerate(names)
+        if s not in sp.SPLITS
+    }
+    dropped = _refuse(draft.name, draft.table, problems, len(names), options, bad, set())
+    draft = _kept(draft, [i for i in range(len(names)) if i not in dropped]) if dropped else draft
+    return replace(draft, split=sp.given([str(s) for s in draft.table.splits or []], draft.name, draft.role != "eval"))
 
 
 def _carved(draft: Draft, absent: Sequence[str], mode: str, options: Options) -> NDArray[np.int8]:

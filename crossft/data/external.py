@@ -24,13 +24,17 @@ class HuggingFace(Reader):
     Args:
         path: hub name or ``load_dataset`` builder (``json``, ``csv``, ``imagefolder``); each domain is then the
             configuration of that name. Default: ``ROOT/DOMAIN`` is a folder written by ``save_to_disk``.
+        domain_column: column that names each row's domain, where one data set holds them all; without ``path``,
+            ``ROOT`` itself is then the saved folder. Default: a data set or configuration a domain.
     """
 
-    def __init__(self, path: str | None = None) -> None:
-        self.path = path
+    def __init__(self, path: str | None = None, domain_column: str | None = None) -> None:
+        self.path, self.domain_column = path, domain_column
 
     def domains(self, root: Path) -> list[str]:
-        """Saved folders under ``root``; for a hub name, its configurations."""
+        """Saved folders under ``root``; for a hub name, its configurations; the values of ``domain_column``."""
+        if self.domain_column is not None:
+            return sorted({name for part in self._parts(root, "").values() for name in self._named(part)})
         if self.path is not None:
             return sorted(self._asked(_datasets().get_dataset_config_names, self.path))
         marks = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -38,16 +42,39 @@ class HuggingFace(Reader):
 
     def read(self, root: Path, name: str, columns: Columns) -> Table:
         """Rows of one data set; its own splits are the given splits."""
-        library = _datasets()
         place = Path(f"{self.path}/{name}") if self.path else root / name
-        data = self._asked(library.load_dataset, self.path, name) if self.path else _saved(library, place)
-        if not hasattr(data, "keys"):
-            return self._one(data, place, columns, None)
-        unknown = [k for k in data if k.lower() not in SPLIT_NAMES]
+        parts = self._parts(root, name)
+        if self.domain_column is not None:
+            rows = {k: [i for i, v in enumerate(self._named(part)) if v == name] for k, part in parts.items()}
+            parts = {k: part.select(rows[k]) for k, part in parts.items() if rows[k]}
+        if "" in parts:
+            return self._one(parts[""], place, columns, None)
+        unknown = [k for k in parts if k.lower() not in SPLIT_NAMES]
         if unknown:
             raise DataError(f"{place}: unknown split {unknown[0]!r}; allowed: {', '.join(SPLIT_NAMES)}")
-        parts = [self._one(data[k], place / k, columns, SPLIT_NAMES[k.lower()]) for k in data]
-        return _joined(parts)
+        if not parts:
+            raise DataError(f"{place}: no rows")
+        return _joined([self._one(part, place / k, columns, SPLIT_NAMES[k.lower()]) for k, part in parts.items()])
+
+    def _parts(self, root: Path, name: str) -> dict[str, Any]:
+        """The data set by split; "" where it has none."""
+        library, shared = _datasets(), self.domain_column is not None
+        if self.path is not None:
+            data = self._asked(library.load_dataset, self.path, *([] if shared else [name]))
+        else:
+            data = _saved(library, root if shared else root / name)
+        return dict(data) if hasattr(data, "keys") else {"": data}
+
+    def _named(self, part: Any) -> list[str]:
+        """The domain of each row."""
+        feature = part.features.get(self.domain_column)
+        if feature is None:
+            raise DataError(
+                f"data.reader.domain_column={self.domain_column!r} is not a column; columns present: "
+                + ", ".join(part.column_names)
+            )
+        values = part[self.domain_column]
+        return [feature.int2str(v) for v in values] if hasattr(feature, "int2str") else [str(v) for v in values]
 
     def _asked(self, call: Callable[..., Any], *arguments: str) -> Any:
         """What the library finds under ``path``; it raises errors of many kinds, of its own and of the network."""
@@ -102,13 +129,28 @@ class TorchDatasets(Reader):
         if not hasattr(data, "__len__"):
             raise ConfigError(f"data.reader: the data set of domain {name!r} has no length; only map-style sets work")
         items: Any = data
-        first = items[0][0]
-        text = isinstance(first, str) or (isinstance(first, tuple) and all(isinstance(v, str) for v in first))
-        labels = [items[i][1] for i in range(len(items))]
-        labels = [v.tolist() if hasattr(v, "tolist") else v for v in labels]
-        inputs: Sequence[Any] = [items[i][0] for i in range(len(items))] if text else _Column(items, 0)
+        text: bool | None = None
+        inputs: list[Any] = []
+        labels: list[Any] = []
+        problems: dict[int, str] = {}
+        for i in range(len(items)):
+            value = label = None
+            try:
+                value, label = items[i][:2]
+            except Exception as error:  # whatever the data set raises on this item
+                problems[i] = f"unreadable: {type(error).__name__}: {error}"
+            else:
+                text = _is_text(value) if text is None else text
+            inputs.append(value if text else None)
+            labels.append(label.tolist() if hasattr(label, "tolist") else label)
         where = [f"{type(data).__name__} {name!r}: item {i}" for i in range(len(items))]
-        return Table("text" if text else "image", inputs, labels, where)
+        table = Table("text" if text else "image", inputs if text else _Column(items, 0), labels, where)
+        table.problems = problems
+        return table
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
 
 
 class _Column(Sequence[Any]):

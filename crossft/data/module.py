@@ -85,7 +85,7 @@ class DomainData(pl.LightningDataModule):
         split_column: column of the split.
         id_column: column that names rows in messages.
         augment: image augmentation: ``none``, ``light`` (random crop of 80 to 100 %), ``flip`` (and a horizontal
-            flip), ``randaugment``, ``trivialaugment`` (each after ``flip``).
+            flip), ``randaugment``, ``trivialaugment`` of torchvision v2, ``timm``'s RandAugment (each after ``flip``).
         views: fixed augmentations of each image, drawn in turn. Default: a new one each time.
         image_size: height and width of images. Default: the backbone's.
         max_length: most tokens of a text. Default: the backbone's.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,7 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+TOO_LONG = 'has more fields than there are columns; put a text that holds the separator in quotes ("a, b")'
 DETECTED = {
     "text": ("text", "sentence", "review", "content", "premise", "sentence1", "question"),
     "pair": ("text_pair", "hypothesis", "sentence2"),
@@ -168,22 +171,40 @@ class TableFile(Reader):
                 return pd.read_parquet(path)
             if path.suffix == ".jsonl":
                 return _json_lines(path)
-            return pd.read_csv(
-                path,
-                sep=self.separator or ("\t" if path.suffix == ".tsv" else ","),
-                header=None if self.names else "infer",
-                names=self.names,
-                quoting=csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE,
-                dtype=str,
-                keep_default_na=False,
-                na_values=[""],
-            )
+            return self._separated(path)
         except DataError:
             raise
         except pd.errors.EmptyDataError as error:
             raise DataError(f"{path}: no rows") from error
         except (ValueError, OSError, UnicodeError, pd.errors.ParserError) as error:
             raise DataError(f"{path}: cannot be read as {path.suffix[1:] or 'text'}: {error}") from error
+
+    def _separated(self, path: Path) -> pd.DataFrame:
+        """Separated values; pandas only warns where every row is longer than the header, and drops what is left over.
+
+        ``index_col=False`` keeps it from taking the first column of such a file for an index.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Length of header", pd.errors.ParserWarning)
+            try:
+                return pd.read_csv(
+                    path,
+                    sep=self.separator or ("\t" if path.suffix == ".tsv" else ","),
+                    header=None if self.names else "infer",
+                    names=self.names,
+                    index_col=False,
+                    quoting=csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE,
+                    dtype=str,
+                    keep_default_na=False,
+                    na_values=[""],
+                )
+            except pd.errors.ParserWarning as error:
+                raise DataError(f"{path}: line {1 if self.names else 2} {TOO_LONG}") from error
+            except pd.errors.ParserError as error:
+                long = re.search(r"Expected \d+ fields in line (\d+)", str(error))
+                if long is None:
+                    raise
+                raise DataError(f"{path}: line {long[1]} {TOO_LONG}") from error
 
 
 def _json_lines(path: Path) -> pd.DataFrame:
@@ -232,7 +253,7 @@ def table_of(frame: pd.DataFrame, path: Path, columns: Columns) -> Table:
         inputs,
         values("label"),
         [f"{path}: row {n}" for n in names],
-        None if splits is None else [None if _missing(v) else _split(str(v), path) for v in splits],
+        None if splits is None else [None if _missing(v) else _split(str(v)) for v in splits],
         None if groups is None else [str(v) for v in groups],
     )
 
@@ -250,10 +271,8 @@ def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def _split(value: str, path: Path) -> str:
-    if value.strip().lower() not in SPLIT_NAMES:
-        raise DataError(f"{path}: unknown split {value!r}; allowed: {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[value.strip().lower()]
+def _split(value: str) -> str:
+    return SPLIT_NAMES.get(value.strip().lower(), value)
 
 
 class Auto(Reader):

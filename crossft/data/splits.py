@@ -103,16 +103,13 @@ def assign(
     return out
 
 
-def given(splits: Sequence[str | None], name: str, train: bool = True) -> NDArray[np.int8]:
+def given(splits: Sequence[str], name: str, train: bool = True) -> NDArray[np.int8]:
     """Given splits of domain ``name`` as indices [n].
 
     Raises:
-        SplitError: a row names no split, or none is train while ``train`` is needed.
+        SplitError: none is train while ``train`` is needed.
     """
-    missing = sum(s is None for s in splits)
-    if missing:
-        raise SplitError(f"domain {name!r}: {missing} rows name no split; fill them in, or set data.split=stratified")
-    out = np.array([SPLITS.index(str(s)) for s in splits], np.int8)
+    out = np.array([SPLITS.index(s) for s in splits], np.int8)
     if train and not (out == 0).any():
         raise SplitError(f"domain {name!r}: its given splits have no train; rename one, or set data.split=stratified")
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -46,8 +46,10 @@ class Table:
             May load lazily (any sequence).
         labels: raw labels (str, number, list of str, None), or None where the domain has no labels at all.
         where: file and row of each entry, for messages.
-        splits: the given split of each row (None where the row names none), or None where no row has one.
+        splits: the given split of each row (None where the row names none; any name but train, val and test makes a
+            bad row), or None where no row has one.
         groups: the group of each row, or None.
+        problems: row -> why the reader could not read it.
     """
 
     modality: Modality
@@ -56,12 +58,13 @@ class Table:
     where: list[str]
     splits: list[str | None] | None = None
     groups: list[str] | None = None
+    problems: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.where)
 
     def keep(self, rows: Sequence[int]) -> Table:
-        """The table of these rows, in this order."""
+        """The table of these rows, in this order; their problems are settled by then."""
         return Table(
             self.modality,
             [self.inputs[i] for i in rows] if isinstance(self.inputs, list) else Subsequence(self.inputs, list(rows)),

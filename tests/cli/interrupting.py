@@ -1,4 +1,4 @@
-"""A callback of a user's own package, allowed by ``--allow interrupting``: stops the process as a scheduler would."""
+"""A user's own package, allowed by ``--allow interrupting``: a callback that stops the process, and a data set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,23 @@ import os
 import signal
 import time
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import Dataset
+
+
+class Noise(Dataset[tuple[torch.Tensor, int]]):
+    """A data set of one's own: 40 images of noise in two classes."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + index)
+        return torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator), index % 2
 
 
 class StopAt(Callback):

@@ -111,6 +111,18 @@ def test_allow_stands_on_the_command_line_only(config: Path, tmp_path: Path) -> 
         Settings([*mine, "--allow=jsonargparse"])
 
 
+def test_a_torch_data_set_of_ones_own_needs_allow(config: Path, tmp_path: Path) -> None:
+    item = {"class_path": "interrupting.Noise", "init_args": {"seed": 3}}
+    reader = {"class_path": "crossft.data.TorchDatasets", "init_args": {"datasets": {"noise": item}}}
+    words = [f"--config={config}", "--data.root=.", "--data.target=noise", f"--data.reader={json.dumps(reader)}"]
+    with pytest.raises(UnsafeConfigError, match="--allow interrupting"):
+        Settings(words)
+    data = Settings([*words, "--allow=interrupting"]).build("data").data
+    data.prepare()
+    assert data.domains[0].labels == ("0", "1")
+    assert data.reader.datasets["noise"].seed == 3
+
+
 def test_source_leg_cannot_name_what_the_config_cannot(
     config: Path, fit: Callable[..., int], tmp_path: Path, capsys
 ) -> None:

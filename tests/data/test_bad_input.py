@@ -127,6 +127,13 @@ CASES: dict[str, Case] = {
         DataError,
         r"cat/001\.png: unreadable image",
     ),
+    "image without a conversion to RGB": (
+        lambda root: Image.new("LAB", (8, 8)).save(root / "photo/cat/001.tif"),
+        {"target": I},
+        prepare,
+        DataError,
+        r"cat/001\.tif: unreadable image: conversion from LAB to RGB not supported",
+    ),
     "empty image file": (
         write("photo/cat/001.png", ""),
         {"target": I},
@@ -217,6 +224,27 @@ CASES: dict[str, Case] = {
     ),
     "empty file": (write("w.csv", ""), {"target": "w"}, prepare, DataError, r"w\.csv: no rows"),
     "header alone": (write("w.csv", "text,label\n"), {"target": "w"}, prepare, DataError, r"w\.csv: no rows"),
+    "a row with too many fields": (
+        replace(7, "well, hello,negative"),
+        {"target": T},
+        prepare,
+        DataError,
+        r"books\.csv: line 8 has more fields than there are columns; put a text that holds the separator in quotes",
+    ),
+    "rows with too many fields": (
+        write("w.csv", "text,label\na,b,x\nc,d,y\n"),
+        {"target": "w"},
+        prepare,
+        DataError,
+        r"w\.csv: line 2 has more fields than there are columns",
+    ),
+    "a quote that is never closed": (
+        replace(7, '"well,negative'),
+        {"target": T},
+        prepare,
+        DataError,
+        r"books\.csv: cannot be read as csv: .*inside string starting at row 7",
+    ),
     "broken JSON": (
         write("w.jsonl", '{"text": "a", "label": 1}\n{"text": '),
         {"target": "w"},
@@ -265,7 +293,7 @@ CASES: dict[str, Case] = {
         {"target": T},
         prepare,
         DataError,
-        r"unknown split 'fold1'; allowed: train",
+        r"books\.csv: row \d+: unknown split 'fold1', allowed: train.*data\.split=stratified.*\(and 39 more bad rows\)",
     ),
     "no train among given splits": (
         lambda root: given(root, drop="train"),
@@ -278,8 +306,8 @@ CASES: dict[str, Case] = {
         split_column(lambda i: "train" if i else ""),
         {"target": T},
         prepare,
-        SplitError,
-        r"'books': 1 rows name no split; fill them in",
+        DataError,
+        r"books\.csv: row 1: names no split; data\.split=stratified does not read it; repair or remove it",
     ),
     "given without splits": (
         nothing,
@@ -551,37 +579,6 @@ def test_bad_input_is_named_before_training(case, root):
     with pytest.raises(error, match=message) as caught:
         act(DomainData(**{"root": root, **settings}))
     assert type(caught.value) is error
-
-
-def test_quarantine_drops_lists_and_refuses_too_many(root):
-    replace(3, ",negative")(root)
-    replace(4, "hello,")(root)
-    data = DomainData(root, target=T, on_error="quarantine", max_bad=0.1)
-    data.prepare()
-    assert [(r["domain"], r["where"].rsplit(": ", 1)[1], r["reason"]) for r in data.quarantined] == [
-        (T, "row 3", "empty text"), (T, "row 4", "no label"),
-    ]  # fmt: skip
-    assert len(data.prepared[0].ids) == 38
-
-
-def test_quarantine_drops_the_training_copy_and_a_leg_inherits_that(root):
-    given(root, twin=True)
-    data = DomainData(root, target=T, on_error="quarantine", max_bad=0.1)
-    assert (data.describe()[0]["train"], data.describe()[0]["test"]) == (12, 14), "13 and 13, a test twin of one"
-    assert [r["reason"].split("content of ")[1].rsplit("row ", 1)[1] for r in data.quarantined] == [
-        "41 (test) in split train"
-    ]
-    child = DomainData(root, target=T)
-    child.use_manifest(data.split_manifest())
-    assert child.split_manifest() == data.split_manifest()
-
-
-def test_bad_rows_of_an_unlabeled_domain_are_not_judged_by_labels(root):
-    rows(
-        root, lambda lines: lines.__setitem__(slice(1, None), [v.rsplit(",", 1)[0] + "," for v in lines[1:]]), "kitchen"
-    )
-    data = DomainData(root, T, "kitchen", target_labels="none", train_on=["source", "target"])
-    assert data.describe()[1]["test_labels"] == 0
 
 
 def test_a_table_file_needs_one_file(root):

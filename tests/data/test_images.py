@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crossft.data.dataset import seeded
 from crossft.data.images import eval_transform, open_image, to_rgb, train_transform
 from crossft.types import ImageSpec
 
@@ -65,6 +66,22 @@ def test_arrays_and_tensors():
     assert pixel(open_image(torch.from_numpy(colour).permute(2, 0, 1))) == (9, 9, 9)
     ready = torch.rand(3, 4, 4)
     assert open_image(ready) is ready
+    assert pixel(open_image(np.full((3, 4, 3), 128 * 257, np.uint16))) == (128, 128, 128)
+    assert pixel(open_image(np.full((3, 4, 3), 0.5, np.float32))) == (128, 128, 128)
+    assert pixel(open_image(np.full((3, 4, 3), 40.0))) == (40, 40, 40)
+    assert pixel(open_image(torch.full((3, 2, 2), 77, dtype=torch.int64))) == (77, 77, 77)
+    for wrong, message in ((np.zeros((2, 2, 5)), r"shape \[2, 2, 5\]"), (np.full((2, 2), np.nan), "not finite")):
+        with pytest.raises(ValueError, match=message):
+            open_image(wrong)
+
+
+def test_a_cmyk_jpeg_file(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
+    with Image.open(tmp_path / "print.jpg") as file:
+        assert file.mode == "CMYK"
+    red, green, blue = pixel(open_image(tmp_path / "print.jpg"))
+    assert red > 250
+    assert max(green, blue) < 5
 
 
 def test_evaluation_resizes_crops_and_normalizes():
@@ -90,5 +107,11 @@ def test_augmentation_levels():
     assert len({v.sum().item() for v in light}) > 3
     flips = [train_transform(spec, "flip")(ramp)[0] for _ in range(20)]
     assert 4 < sum(bool(v[0, 0] > v[0, -1]) for v in flips) < 16
-    for policy in ("randaugment", "trivialaugment"):
-        assert train_transform(spec, policy)(ramp).shape == (3, 8, 8)
+    for policy in ("randaugment", "trivialaugment", "timm"):
+        transform, drawn = train_transform(spec, policy), []
+        for seed in (1, 1, 2, 3, 4):
+            with seeded(seed):
+                drawn.append(transform(ramp))
+        assert drawn[0].shape == (3, 8, 8)
+        assert torch.equal(drawn[0], drawn[1]), "a function of the seed"
+        assert not all(torch.equal(drawn[0], other) for other in drawn[2:])

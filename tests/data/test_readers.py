@@ -135,6 +135,7 @@ def test_hugging_face_folders(tmp_path):
         frame, features=datasets.Features({"text": datasets.Value("string"), "label": names})
     )
     datasets.DatasetDict(train=text.select(range(20)), test=text.select(range(20, 30))).save_to_disk(tmp_path / "t")
+    raw = datasets.Image(decode=False)
     pixels = [Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)) for _ in range(30)]
     features = datasets.Features({"image": datasets.Image(), "label": names})
     images = datasets.Dataset.from_dict({"image": pixels, "label": [i % 2 for i in range(30)]}, features=features)
@@ -147,6 +148,50 @@ def test_hugging_face_folders(tmp_path):
     seen = DomainData(tmp_path, target="i").prepared[0]
     assert seen.modality == "image"
     assert sorted(np.asarray(seen.inputs[i]).sum() for i in range(30)) == sorted(np.asarray(p).sum() for p in pixels)
+    coded = [image if image["bytes"] is None else {**image} for image in images.cast_column("image", raw)["image"]]
+    coded[4]["bytes"] = coded[4]["bytes"][:40]
+    damaged = datasets.Dataset.from_dict({"image": coded, "label": [i % 2 for i in range(30)]}, features=features)
+    damaged.save_to_disk(tmp_path / "j")
+    with pytest.raises(DataError, match=r"j/rows: row 5: unreadable image: .*on_error=quarantine"):
+        DomainData(tmp_path, target="j").prepare()
+    kept = DomainData(tmp_path, target="j", on_error="quarantine", max_bad=0.1)
+    assert len(kept.prepared[0].ids) == 29
+    assert [r["where"].rsplit(": ", 1)[1] for r in kept.quarantined] == ["row 5"]
+
+
+def test_hugging_face_hub_names(tmp_path, monkeypatch):
+    """A configuration a domain, or one data set with a column that names the domain."""
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.ClassLabel(names=["kitchen", "books"])
+    features = datasets.Features({k: datasets.Value("string") for k in ("text", "label")} | {"shop": kinds})
+    rows = {"text": [f"a {i}" for i in range(60)], "label": ["no", "yes"] * 30, "shop": [i // 2 % 2 for i in range(60)]}
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    asked = []
+
+    def load(path: str, name: str | None = None):
+        asked.append((path, name))
+        mine = whole if name is None else whole.filter(lambda row: row["shop"] == kinds.str2int(name))
+        cut = len(mine) * 2 // 3
+        return datasets.DatasetDict(train=mine.select(range(cut)), test=mine.select(range(cut, len(mine))))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: ["books", "kitchen"])
+    reader = HuggingFace("someone/shops")
+    data = DomainData(tmp_path, target="books", reader=reader)
+    assert reader.domains(tmp_path) == ["books", "kitchen"]
+    assert (data.describe()[0]["split"], data.describe()[0]["test"]) == ("given; val carved from train", 10)
+    assert set(asked) == {("someone/shops", "books")}
+    asked.clear()
+    column = HuggingFace("someone/shops", domain_column="shop")
+    assert column.domains(tmp_path) == ["books", "kitchen"]
+    again = DomainData(tmp_path, target="books", reader=column)
+    assert again.prepared[0].ids.tolist() == data.prepared[0].ids.tolist()
+    assert set(asked) == {("someone/shops", None)}
+    datasets.DatasetDict(train=whole).save_to_disk(tmp_path / "saved")
+    saved = DomainData(tmp_path / "saved", target="kitchen", reader=HuggingFace(domain_column="shop"))
+    assert set(saved.prepared[0].inputs) == {f"a {i}" for i in range(60) if i // 2 % 2 == 0}
+    with pytest.raises(DataError, match=r"domain_column='store' is not a column; columns present: text, label, shop"):
+        HuggingFace("someone/shops", "store").domains(tmp_path)
 
 
 class Squares(Dataset):
@@ -168,6 +213,39 @@ def test_any_torch_dataset(tmp_path, image_spec):
     assert data.domains[0].labels == ("0", "1")
     bright = batch.inputs["pixel_values"].amax(dim=(2, 3))
     assert all(bright[i, t] == pytest.approx(2 * 200 / 255 - 1, abs=1e-5) for i, t in enumerate(batch.targets))
+
+
+class Broken(Squares):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 3:
+            raise OSError("image file is truncated")
+        return super().__getitem__(index)
+
+
+class Notes(Dataset):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return (f"a {index}", index % 2) if index else ("alone",)
+
+
+@pytest.mark.parametrize(("items", "row"), [(Broken(), 3), (Notes(40), 0)])
+def test_an_item_that_cannot_be_read_is_a_bad_row(tmp_path, items, row):
+    reader = TorchDatasets({"d": items})
+    with pytest.raises(DataError, match=rf"'d': item {row}: unreadable: (OSError: image file|ValueError: not enough)"):
+        DomainData(tmp_path, target="d", reader=reader).prepare()
+    data = DomainData(tmp_path, target="d", reader=reader, on_error="quarantine", max_bad=0.1)
+    assert len(data.prepared[0].ids) == 39
+    assert [r["where"] for r in data.quarantined] == [f"{type(items).__name__} 'd': item {row}"]
+
+
+def test_an_empty_torch_dataset_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"domain 'd' .*has no rows"):
+        DomainData(tmp_path, target="d", reader=TorchDatasets({"d": Notes(0)})).prepare()
 
 
 class Lines(Reader):
