@@ -173,6 +173,7 @@ def plan(kills: int, steps: dict[tuple[str, int, int], int]) -> list[tuple[tuple
     draw = random.Random(20261122)
     cells = CELLS if kills >= len(CELLS) else [CELLS[7], CELLS[9]]
     cells = (cells * kills)[:kills]
+    draw.shuffle(cells)  # so that the named points meet text, workers and processes
     points = []
     for i, cell in enumerate(cells):
         epoch = steps[cell[0], cell[2], cell[3]] // EPOCHS * cell[2]  # micro-batches of an epoch

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from crossft.callbacks.monitoring import latest_valid, load_checkpoint
+from crossft.callbacks.monitoring.checkpoint_io import check, manifest_of
+from crossft.errors import CheckpointError
 
 HERE = Path(__file__).parent
 
@@ -59,10 +62,12 @@ SAVER = """
 import sys, torch
 from pathlib import Path
 from crossft.callbacks.monitoring import AtomicCheckpointIO
+from crossft.callbacks.monitoring.checkpoint_io import publish
 folder, start = Path(sys.argv[1]), int(sys.argv[2])
 for step in range(start, start + 1000):
     weights = {str(i): torch.full((500_000,), float(step)) for i in range(8)}
     AtomicCheckpointIO().save_checkpoint({"global_step": step, "state_dict": weights}, folder / f"step-{step}.ckpt")
+    publish(folder / f"step-{step}.ckpt", "last.ckpt")
     for old in folder.glob(f"step-{step - 3}.ckpt"):
         AtomicCheckpointIO().remove_checkpoint(old)
     print(step, flush=True)
@@ -77,8 +82,45 @@ def other_file_system(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=memory))
 
 
+def without_manifest(folder: Path, pattern: str) -> list[Path]:
+    return [p for p in folder.glob(pattern) if not p.name.startswith(".") and not manifest_of(p).exists()]
+
+
+def wait_for(point: str, draw: random.Random, folder: Path, saver: subprocess.Popen[str]) -> None:
+    """Until a save has come to a point: a share of its bytes, its file renamed (no manifest yet), its publication."""
+    if point == "bytes":
+        halfway = draw.randint(1, 14_000_000)  # of about 16 million
+        while not any(size_of(p) >= halfway for p in folder.glob(".tmp-*.ckpt")):
+            assert saver.poll() is None
+        return
+    while not without_manifest(folder, point):
+        assert saver.poll() is None
+    time.sleep(draw.uniform(0, 0.002))
+
+
+def check_what_is_left(folder: Path, acknowledged: int) -> int:
+    """The newest valid checkpoint, and last.ckpt unless it is refused, are whole and no older than acknowledged."""
+    newest = latest_valid(folder)
+    assert newest is not None
+    paths = [newest]
+    try:
+        check(folder / "last.ckpt")
+        paths.append(folder / "last.ckpt")
+    except CheckpointError:
+        assert without_manifest(folder, "last.ckpt"), "only an interrupted publication leaves it without a manifest"
+    for path in paths:
+        loaded = load_checkpoint(path)
+        assert loaded["global_step"] >= acknowledged
+        for weight in loaded["state_dict"].values():
+            assert (weight == loaded["global_step"]).all()
+    return int(newest.stem[5:])
+
+
+POINTS = ("bytes", "step-*.ckpt", "last.ckpt", "bytes")
+
+
 def kill_while_saving(folder: Path, kills: int) -> None:
-    """Kill a process in the middle of a save, each time; the newest valid checkpoint loads."""
+    """Kill a process in the middle of a save, each time; half of the kills come after the data are renamed."""
     draw = random.Random(5)
     temporary = other_file_system(folder)
     torn = start = attempts = 0
@@ -94,23 +136,15 @@ def kill_while_saving(folder: Path, kills: int) -> None:
         )
         assert saver.stdout is not None
         acknowledged = int(saver.stdout.readline())  # the first save is done; it dies in one of the next
-        halfway = draw.randint(1, 14_000_000)  # bytes of about 16 million
-        while not any(size_of(p) >= halfway for p in folder.glob(".tmp-*.ckpt")):
-            assert saver.poll() is None
+        wait_for(POINTS[torn % len(POINTS)], draw, folder, saver)
         os.killpg(saver.pid, signal.SIGKILL)
         acknowledged = max([acknowledged, *(int(line) for line in saver.stdout.read().split() if line.isdigit())])
         saver.wait()
-        halves = list(folder.glob(".tmp-*"))
+        start = check_what_is_left(folder, acknowledged) + 1
+        halves = [*folder.glob(".tmp-*"), *without_manifest(folder, "*.ckpt")]
         torn += bool(halves)
         for half in halves:  # so that the next kill is counted by its own
             half.unlink()
-        newest = latest_valid(folder)
-        assert newest is not None
-        loaded = load_checkpoint(newest)
-        assert loaded["global_step"] >= acknowledged
-        for weight in loaded["state_dict"].values():
-            assert (weight == loaded["global_step"]).all()
-        start = loaded["global_step"] + 1
     assert not any(temporary.iterdir())  # nothing was written elsewhere and moved
 
 
