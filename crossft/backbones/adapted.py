@@ -21,10 +21,11 @@ AdapterKind = Literal["lora", "dora", "ia3"]
 
 
 class Adapted(Backbone):
-    """A backbone whose linear (and ungrouped convolution) layers carry adapters; its own weights start frozen.
+    """A backbone with adapters in its layers: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024), IA3 (Liu et al. 2022).
 
-    LoRA (Hu et al. 2022, eq. 3), DoRA (Liu et al. 2024, eq. 5) or IA3 (Liu et al. 2022, section 3.3, on the outputs of
-    every adapted layer), as the ``peft`` package builds them. At the start the features are those of the backbone.
+    Its linear (and ungrouped convolution) layers carry them; its own weights start frozen. LoRA (eq. 3), DoRA (eq. 5)
+    or IA3 (section 3.3, on the outputs of every adapted layer) are built by the ``peft`` package. At the start the
+    features are those of the backbone.
     Stages keep their names and hold their adapters, so freezing and phases go by stage as before;
     ``Freeze(kinds: [adapter])`` keeps adapters alone, and any other choice thaws what it names.
 

@@ -26,7 +26,7 @@ _PACKAGED = {"packaged:efficientnet_lite0": ("tf_efficientnet_lite0", "efficient
 
 
 class Timm(Backbone):
-    """A timm model without its classifier.
+    """Any image model of timm (Wightman 2019, PyTorch Image Models), without its classifier.
 
     ``features`` [b, num_features] is what the model's own head pools and normalizes; ``tokens`` [b, n, d] are the
     values before pooling, spatial positions flattened row by row, class and register tokens first (``prefix_tokens``

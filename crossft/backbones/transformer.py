@@ -26,7 +26,7 @@ _Pooling = Literal["mean", "cls", "max"]
 
 
 class Transformer(Backbone):
-    """A transformers encoder without its head.
+    """Any text encoder of transformers (Wolf et al. 2020, Transformers), without its head.
 
     ``tokens`` [b, t, d] are the last hidden states, ``mask`` [b, t] is True on real tokens, ``features`` [b, d] are
     pooled over real tokens. Stages are ``embeddings``, ``layer.0``, ..., and ``norm`` where a norm follows the

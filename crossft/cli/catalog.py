@@ -20,7 +20,8 @@ KINDS = {
     "backbones": [_ROOT / "backbones" / "__init__.py"],
     "tasks": [_ROOT / "tasks" / "__init__.py"],
 }
-_ABSTRACT = {"Backbone", "Task"}
+_ABSTRACT = {"Backbone", "MethodCallback", "PublishedWeights", "Task"}
+_BASES = {"methods": "Callback", "backbones": "Backbone", "tasks": "Task"}
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -40,18 +41,19 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def found(kind: str) -> Iterator[Entry]:
-    """Every public class of a kind, by walking the ``__all__`` of its packages."""
+    """Every public class of a kind, by walking the ``__all__`` of its packages; helpers of other kinds are left out."""
+    room = _ROOT / KINDS[kind][0].relative_to(_ROOT).parts[0]
+    classes = {
+        node.name: node
+        for file in sorted(room.rglob("*.py"))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
     for init in KINDS[kind]:
         package = ".".join(init.parent.relative_to(_ROOT.parent).parts)
-        classes = {
-            node.name: node
-            for file in sorted(init.parent.rglob("*.py"))
-            for node in ast.parse(file.read_text(encoding="utf-8")).body
-            if isinstance(node, ast.ClassDef)
-        }
         for name in _exported(init):
             node = classes.get(name)
-            if node is not None and name not in _ABSTRACT and (kind != "backbones" or _is_a(node, classes, "Backbone")):
+            if node is not None and name not in _ABSTRACT and _is_a(node, classes, _BASES[kind]):
                 text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
                 yield name, f"{package}.{name}", text
 

@@ -17,7 +17,7 @@ __all__ = ["EMA"]
 
 
 class EMA(PublishedWeights):
-    """Exponential moving average over optimizer steps: average <- d average + (1 - d) weights.
+    """Exponential moving average of the weights (after Polyak & Juditsky 1992): average <- d average + (1 - d) weights.
 
     The clock is the optimizer step: accumulation and resumption do not move it. BatchNorm's running statistics are
     averaged along. Memory: one more copy of the model; a checkpoint holds both.

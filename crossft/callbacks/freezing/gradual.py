@@ -20,10 +20,11 @@ __all__ = ["GradualUnfreezing"]
 
 
 class GradualUnfreezing(Callback):
-    """Train in phases: each has its own trainable parameters, its own end, and says what becomes of the optimizer.
+    """Gradual unfreezing (Howard & Ruder 2018, ULMFiT, section 3.3) and any other phases.
 
-    ULMFiT (Howard & Ruder 2018, section 3.3): ``every: {epochs: 1}, first: 1``. LP-FT (Kumar et al. 2022): the
-    phases ``{train_last: 0, epochs: n}`` and ``{}``, the second with a smaller ``lr`` and ``rates: restart``.
+    Each phase has its own trainable parameters, its own end, and says what becomes of the optimizer.
+    ULMFiT: ``every: {epochs: 1}, first: 1``. LP-FT (Kumar et al. 2022): the phases ``{train_last: 0, epochs: n}`` and
+    ``{}``, the second with a smaller ``lr`` and ``rates: restart``.
 
     A change happens where an optimizer step begins, on every process at the same step: gradients of what freezes
     are dropped, DDP is wrapped again, and the processes' weights are compared. A checkpoint holds the phase, so a
