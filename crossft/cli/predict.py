@@ -16,6 +16,7 @@ from crossft.cli.saved import open_run, take_option
 from crossft.data import DomainData
 from crossft.errors import ConfigError
 from crossft.runs import replacing
+from crossft.tasks import Task
 from crossft.types import Domain
 
 __all__ = ["run", "table_of_predictions", "take_files"]
@@ -26,10 +27,12 @@ def run(command: str, arguments: list[str]) -> int:
     arguments, output = take_option(arguments, "output")
     if output is None or Path(output).suffix not in (".csv", ".parquet"):
         raise ConfigError(f"--output={output}: name the file to write, ending in .csv or .parquet")
+    arguments, name = take_option(arguments, "domain")
     arguments, files = take_files(arguments)
     if not files:
         raise ConfigError("nothing to predict: give --data.inputs image files, folders of images, or tables")
     saved = open_run("predict", [*arguments, f"--data.inputs={json.dumps(files)}"])
+    domain = _chosen(saved.task, name)
     data: DomainData = saved.settings.build("data").data
     where = data.predicted.where
     trainer = build_trainer(
@@ -45,12 +48,24 @@ def run(command: str, arguments: list[str]) -> int:
     )
     batches: Any = trainer.predict(saved.task, datamodule=data)
     predictions = torch.cat([batch["predictions"].float().cpu() for batch in batches])
-    targets = [d for d in saved.task.domains if d.role == "target"] or [saved.task.domains[0]]
-    table = table_of_predictions(where, predictions, targets[0])
+    table = table_of_predictions(where, predictions, domain)
     with replacing(Path(output)) as temporary:
         table.to_parquet(temporary) if output.endswith(".parquet") else table.to_csv(temporary, index=False)
-    print(f"{len(table)} predictions: {output}")
+    print(f"{len(table)} predictions as of {domain.role} {domain.name!r}: {output}")
     return 0
+
+
+def _chosen(task: Task, name: str | None) -> Domain:
+    """The domain whose head and statistics predict: the one named, else the first target, else the first.
+
+    Raises:
+        ConfigError: the run has no domain of that name.
+    """
+    known = {d.name: d for d in task.domains}
+    if name is not None and name not in known:
+        raise ConfigError(f"--domain={name} is not a domain of the run; allowed: {', '.join(known)}")
+    task.default_domain = name or task.default_domain
+    return known[task.default_domain]
 
 
 def take_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -49,10 +49,12 @@ A run whose source was still being fitted continues there.
 --allow PACKAGE lets its config name classes of one more package; it is asked for again at every resume.""",
     "test": _MEASURE.format("test", "test"),
     "validate": _MEASURE.format("validate", "validation"),
-    "predict": """usage: crossft predict RUN --data.inputs FILE|FOLDER|TABLE ... --output OUT.csv|OUT.parquet [FLAGS]
+    "predict": """usage: crossft predict RUN --data.inputs FILE|FOLDER|TABLE ... --output OUT.csv|OUT.parquet
+                       [--domain NAME] [FLAGS]
 
 Predict files with a run's model: one row an image file, or one row a line of a table, in the order given.
-Columns: input, predicted, and one probability a label (p_LABEL); for regression input and predicted.""",
+Columns: input, predicted, and one probability a label (p_LABEL); for regression input and predicted.
+--domain NAME predicts with the head (and BatchNorm statistics) of that domain. Default: the run's first target.""",
     "baseline": """usage: crossft baseline RUN ... [--KEY=VALUE ...]
 
 Measure what needs no fine-tuning on exactly the splits and training labels of finished runs (or of all below a folder):

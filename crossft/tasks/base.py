@@ -71,6 +71,8 @@ class Task(LightningModule):
                 other = "Regression" if domain.kind == "regression" else "Classification"
                 raise ConfigError(f"domain {domain.name!r} has {domain.kind} labels; use crossft.tasks.{other}")
         self.domains: tuple[Domain, ...] = tuple(domains)
+        # Whose head `forward` and `predict_step` use where none is named.
+        self.default_domain = next((d.name for d in self.domains if d.role == "target"), self.domains[0].name)
         self.head_keys = head_of(self.domains)
         self.backbone = backbone
         self.heads = nn.ModuleDict()
@@ -123,17 +125,13 @@ class Task(LightningModule):
         return min(1.0, self.trainer.global_step / self._total_steps) if self._total_steps else 0.0
 
     def forward(self, inputs: dict[str, Tensor], domain: str | None = None) -> Tensor:
-        """Logits [b, k] of the head of ``domain`` (default: the first target, else the first domain)."""
-        name = domain or self._default_domain
+        """Logits [b, k] of the head of ``domain`` (``default_domain``: the first target, else the first)."""
+        name = domain or self.default_domain
         if self.batchnorm == "per_domain":
             index = [d.name for d in self.domains].index(name)
             rows = len(next(iter(inputs.values())))
             set_domains(self.backbone, torch.full((rows,), index, device=self.device))
         return self.heads[self.head_keys[name]](self.backbone(inputs).features)
-
-    @property
-    def _default_domain(self) -> str:
-        return next((d.name for d in self.domains if d.role == "target"), self.domains[0].name)
 
     def encode(self, batch: Batch, capture: Collection[str] = ()) -> Encoded:
         """Run the backbone over a batch; from stored values of its frozen prefix where a method keeps them."""
@@ -257,7 +255,7 @@ class Task(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Sample ids and predictions of the batch's rows, padding left out."""
         keep = batch.domains >= 0
-        space = self._spaces[self.head_keys[self._default_domain]]
+        space = self._spaces[self.head_keys[self.default_domain]]
         return {"sample_ids": batch.sample_ids[keep], "predictions": self.predictions(self(batch.inputs), space)[keep]}
 
     # -- what trains -------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,13 +14,16 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from lightning.pytorch import Callback
 from PIL import Image
 
+from crossft.backbones import Backbone
 from crossft.cli import main
 from crossft.cli.catalog import found
 from crossft.cli.saved import open_run
 from crossft.data.images import eval_transform
 from crossft.runs import RunFolder
+from crossft.tasks import Task
 
 
 def test_test_measures_what_the_summary_says(finished: Path, tmp_path: Path, capsys) -> None:
@@ -54,6 +59,16 @@ def test_predict_keeps_the_order_and_sums_to_one(finished: Path, images: Path, t
     with torch.no_grad():
         expected = task({"pixel_values": pixels}).softmax(1)[:, 0]
     assert torch.allclose(torch.tensor(table["p_cat"].to_numpy(), dtype=torch.float32), expected, atol=1e-5)
+
+
+def test_predict_takes_the_head_of_a_domain(finished: Path, images: Path, tmp_path: Path, capsys) -> None:
+    words = ["predict", str(finished), "--data.inputs", str(images / "sketch"), "--output", str(tmp_path / "out.csv")]
+    assert main(words) == 0
+    assert "40 predictions as of target 'sketch'" in capsys.readouterr().out
+    assert main([*words, "--domain", "photo"]) == 0
+    assert "40 predictions as of source 'photo'" in capsys.readouterr().out
+    assert main([*words, "--domain=skecth"]) == 2
+    assert "--domain=skecth is not a domain of the run; allowed: photo, sketch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["missing", "broken"])
@@ -97,6 +112,14 @@ def test_inspect_counts_parameters_and_what_trains(config: Path, capsys) -> None
     assert rows["all"][:2] == [f"{count:,}", f"{last:,}"]
 
 
+NO_PAPER = {
+    "methods": {"Freeze", "PrefixCache", "RankSentinel"},
+    "backbones": set(),
+    "tasks": {"Classification", "Regression"},
+}
+"""What is older than any paper to name, or is a tool."""
+
+
 @pytest.mark.parametrize(("kind", "name"), [("methods", "L2SP"), ("backbones", "Transformer"), ("tasks", "Regression")])
 def test_list_finds_every_public_class(kind: str, name: str, capsys) -> None:
     assert main(["list", kind]) == 0
@@ -104,8 +127,12 @@ def test_list_finds_every_public_class(kind: str, name: str, capsys) -> None:
     entries = {entry[0]: entry for entry in found(kind)}
     assert name in entries
     assert all(path in printed and text for _, path, text in entries.values())
-    if kind == "methods":
-        assert "Li, Grandvalet & Davoine 2018" in entries["L2SP"][2]
+    undated = {name for name, (_, _, text) in entries.items() if not re.search(r"\b(19|20)\d\d\b", text)}
+    assert undated == NO_PAPER[kind]
+    package = importlib.import_module(entries[name][1].rpartition(".")[0])
+    base = {"methods": Callback, "backbones": Backbone, "tasks": Task}[kind]
+    assert issubclass(getattr(package, name), base)
+    assert "Phase" not in entries
 
 
 def test_compare_leaves_the_source_leg_out(runs: Path, tmp_path: Path, capsys) -> None:
