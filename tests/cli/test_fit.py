@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from crossft.callbacks.monitoring import load_checkpoint
 from crossft.callbacks.monitoring.checkpoint_io import check
 from crossft.cli import main
+from crossft.cli.saved import open_run
 from crossft.runs import RunFolder, read_json, read_metrics, write_json
 
 Fit = Callable[..., int]
@@ -25,10 +29,18 @@ def test_one_command_leaves_two_complete_run_folders(runs: Path, finished: Path)
         folder = RunFolder(path)
         assert folder.summary()["status"] == "finished"
         check(folder.last)
-        for file in (folder.config, folder.before, folder.splits, folder.metrics):
+        for file in (folder.config, folder.before, folder.splits, folder.metrics, folder.ledger):
             assert file.stat().st_size > 0, file
         assert (folder.figures / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(finished.rglob(".tmp-*"))
+    (anchors,) = RunFolder(finished).anchors.iterdir()
+    assert anchors.name == "l2sp.safetensors"
+    start = load_checkpoint(RunFolder(source).best)["state_dict"]
+    anchored, named = load_file(anchors), open_run("test", [str(finished)]).task.backbone.named_parameters()
+    for i, (name, _) in enumerate(named):
+        assert torch.equal(anchored.pop(f"anchor_{i}"), start[f"backbone.{name}"]), name
+    assert not anchored
+    assert not RunFolder(source).anchors.exists(), "no method ran there"
 
 
 def test_summary_says_what_was_gained_and_kept(runs: Path, finished: Path) -> None:
@@ -183,6 +195,16 @@ def test_init_takes_heads_by_label_space(finished: Path, fit: Fit, tmp_path: Pat
     end = RunFolder(finished).summary()["metrics"]
     for key in ("source/test/accuracy", "target/test/accuracy"):
         assert summary["metrics"][f"{key}/before"] == pytest.approx(end[key])
+
+
+def test_a_terminal_shows_a_bar_with_the_metrics_that_matter(finished: Path, fit: Fit, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "200")):
+        monkeypatch.setenv(name, value)
+    assert fit(tmp_path, f"--init={finished}", "--trainer.max_epochs=2", f"--run.dir={tmp_path / 'run'}") == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert re.search(r"Epoch 1/1 .*train/loss: \d\.\d{3}.*source/val/accuracy: \d\.\d{3}", shown), shown[-2000:]
+    assert "v_num" not in shown
 
 
 def test_init_leaves_a_head_of_another_label_space_fresh(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
 from tiny import TinyVision, flat, image_domains
 
 from crossft.callbacks.adaptation import DANN
@@ -137,6 +139,35 @@ def test_terms_are_clipped_apart_from_the_model(root: Path) -> None:
     fit(root, [DANN(weight=1000.0, hidden=8), norms], gradient_clip_val=0.01, max_steps=2)
     assert float(norms.model) == pytest.approx(0.01, rel=1e-3)
     assert float(norms.term) == pytest.approx(0.01, rel=1e-3)
+
+
+class Scaled(MixedPrecision):
+    """fp16's loss scaling without fp16's rounding, on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    def forward_context(self):
+        return nullcontext()
+
+
+def test_penalties_and_clipping_see_unscaled_gradients(root: Path) -> None:
+    """Under fp16 the gradient is unscaled before callbacks read it, penalties are added and it is clipped."""
+
+    class Read(Callback):
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            self.seen.append(torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]))
+
+    plain, scaled = Read(), Read()
+    _, expected = fit(root, [L2SP(weight=100.0), plain], gradient_clip_val=0.5)
+    _, task = fit(root, [L2SP(weight=100.0), scaled], gradient_clip_val=0.5, plugins=[Scaled()])
+    assert len(plain.seen) == len(scaled.seen) == 4
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(plain.seen, scaled.seen))
+    assert torch.allclose(flat(task), flat(expected), rtol=0, atol=1e-7)
+    assert not torch.allclose(flat(task), flat(fit(root, [], gradient_clip_val=0.5)[1]), rtol=0, atol=1e-4)
 
 
 def test_a_batch_out_of_step_stops_training(root: Path) -> None:
