@@ -131,13 +131,12 @@ def fit(
         optimizer=optimizer or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01)),
     )
     trainer = Trainer(
-        **{"max_steps": 4, "limit_val_batches": 0, "enable_checkpointing": False, **trainer_args},
+        **{"max_steps": 4, "limit_val_batches": 0, "enable_checkpointing": False, "logger": False, **trainer_args},
         accumulate_grad_batches=accumulation,
         callbacks=[*methods.values(), *extra],
         accelerator="cpu",
         devices=WORLD,
         strategy=DDPStrategy(process_group_backend="gloo") if WORLD > 1 else "auto",
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

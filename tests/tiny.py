@@ -56,8 +56,10 @@ def image_domains(
     classes: tuple[str, ...] = ("cat", "dog"),
     each: int = 16,
     size: int = 8,
+    signal: int = 90,
 ) -> Path:
-    """Write DOMAIN/CLASS/*.png: a class is a colour, a domain is a brightness; learnable by a linear model."""
+    """Write DOMAIN/CLASS/*.png: a class is a colour of some strength, a domain is a brightness; a linear model learns
+    it. About 10 is a signal that is not always right."""
     rng = np.random.default_rng(0)
     for d, domain in enumerate(domains):
         for c, name in enumerate(classes):
@@ -65,7 +67,7 @@ def image_domains(
             folder.mkdir(parents=True)
             for i in range(each):
                 pixels = rng.integers(0, 90, (size, size, 3)) + 40 * d
-                pixels[..., c % 3] += 90
+                pixels[..., c % 3] += signal
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
     return root
 

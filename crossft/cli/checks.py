@@ -12,7 +12,7 @@ from torch import nn
 
 from crossft.errors import ConfigError, CrossftError
 
-__all__ = ["check_run"]
+__all__ = ["check_run", "set_sequence"]
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 _ARM = re.compile(r"[A-Za-z0-9][^/\\\x00-\x1f=]*(=[^\x00-\x1f]*)?")
@@ -42,6 +42,35 @@ def check_run(config: Any) -> None:
         )
     if arguments.get("optimizer") is not None:
         _check_optimizer(arguments["optimizer"])
+
+
+def set_sequence(config: Any) -> None:
+    """Turn ``sequence`` into a list, and name its domains to the data: the first is the source, the others targets.
+
+    Raises:
+        ConfigError: fewer than two domains, one twice, or other settings that a sequence rules out.
+    """
+    if config.get("sequence") is None:
+        return
+    given = config.sequence
+    names = [n.strip() for n in (given.split(",") if isinstance(given, str) else given)]
+    if len(names) < 2 or len(set(names)) < len(names) or not all(names):
+        raise ConfigError(f"sequence={given} must name two or more domains in the order they are learned, each once")
+    data = config.data
+    for key, own in (("source", names[:1]), ("target", names[1:]), ("eval", [])):
+        value = data.get(key)
+        listed = value.split(",") if isinstance(value, str) else list(value or ())
+        if listed and listed != own:
+            raise ConfigError(f"data.{key}={value}: sequence={','.join(names)} names the domains; leave data.{key} out")
+    for key in ("shots", "fraction"):
+        if data.get(key) is not None:
+            raise ConfigError(
+                f"data.{key}={data[key]} limits the labels of a target, and a target of a sequence becomes a source of "
+                "the next leg with all of them; use data.limit for fewer rows"
+            )
+    if not config.before:
+        raise ConfigError("before=false: a sequence reads there what the first domain's model does on the others")
+    config.sequence, data.source, data.target = names, names[0], names[1:]
 
 
 def _check_name(name: str, value: str, allowed: re.Pattern[str]) -> None:

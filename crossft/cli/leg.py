@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from crossft.callbacks.monitoring import (
     AtomicCheckpointIO,
     Checkpoints,
+    Drift,
     FiniteCheck,
     Ledger,
     Pruning,
@@ -25,6 +27,7 @@ from crossft.callbacks.monitoring import (
 from crossft.callbacks.monitoring.oracle import Oracle
 from crossft.callbacks.monitoring.scores import Scores
 from crossft.cli.before import keep_before, shared_before
+from crossft.cli.diagnosis import PARTS, Diagnosis, diagnose, sentence
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
 from crossft.cli.parser import Settings
@@ -170,6 +173,8 @@ class Leg:
         metrics: dict[str, float | None] = {**validated, **final_metrics(task.domains, before, after, config.before)}
         if config.select.oracle and self.launch.first:
             metrics |= oracle_metrics(self.folder, task, self.data, after, select)
+        split = self._diagnosed(task, chosen, before, after)
+        metrics |= {f"{n}/batchnorm/{k}": v for n, d in split.items() for k, v in asdict(d).items() if k in PARTS}
         if self.launch.first:
             self.folder.write_summary(
                 metrics=metrics,
@@ -181,6 +186,22 @@ class Leg:
             write_calibrations(self.folder, task.evaluation.calibration_bins)
             remove_oracle_files(self.folder)
             finish(self.folder)
+            for name, found in split.items():
+                print(sentence(name, found))
+
+    def _diagnosed(
+        self, task: Task, chosen: Path, before: Mapping[str, float], after: Mapping[str, float]
+    ) -> dict[str, Diagnosis]:
+        """What BatchNorm's statistics have to do with what was forgotten, where they moved; ``batchnorm.json``."""
+        if not self.settings.config.diagnose or self.init is None or not before:
+            return {}
+        confusions = dict(task.evaluation.confusion_matrices)
+        again = partial(measure, self.settings, task, self.data)
+        found = diagnose(task, self.data, self.init, chosen, before, after, again)
+        task.evaluation.confusion_matrices.update(confusions)
+        if found and self.launch.first:
+            write_json(self.folder.path / "batchnorm.json", {name: asdict(d) for name, d in found.items()})
+        return found
 
     def _before(self, task: Task, trained: frozenset[str]) -> dict[str, float]:
         """The starting model on the test splits, measured once a run; only of domains whose head is trained."""
@@ -217,6 +238,7 @@ class Leg:
             plugins=[*_listed(own["plugins"]), AtomicCheckpointIO()],
             callbacks=[
                 *chosen,
+                Drift(**dict(config.watch)),
                 Ledger(self.folder.path),
                 FiniteCheck(),
                 bar,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
-import signal
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 
 from crossft.callbacks.monitoring import Stopping, latest_valid
@@ -20,67 +16,26 @@ from crossft.cli.launch import Launch
 from crossft.cli.leg import Leg
 from crossft.cli.loggers import wandb_id
 from crossft.cli.parser import Settings
-from crossft.cli.safety import take_allowed
 from crossft.cli.saved import read_splits
 from crossft.cli.screen import quiet_lightning
-from crossft.cli.slurm import requeue, restarted
+from crossft.cli.slurm import restarted
 from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
-from crossft.errors import ConfigError, CrossftError, Interrupted, RunError
+from crossft.errors import ConfigError, CrossftError, RunError
 from crossft.metrics import primary_metric
 from crossft.runs import RunFolder, config_hash, run_id, write_atomic, write_json
 from crossft.sweeps.state import begun
 from crossft.tasks.evaluation import display_names
 
-__all__ = ["Chain", "chosen_by_source", "prepared", "run", "source_settings"]
+__all__ = ["NOT_TRAINED", "Chain", "chosen_by_source", "prepared", "source_settings"]
 
 NOT_TRAINED = (
-    "run", "wandb", "trial", "before", "experiment", "arm", "seed_everything", "checkpoints", "data.root",
-    "data.num_workers", "data.verify", "data.cache_images", "data.inputs", "trainer.logger",
+    "run", "wandb", "trial", "before", "diagnose", "watch", "experiment", "arm", "seed_everything", "checkpoints",
+    "data.root", "data.num_workers", "data.verify", "data.cache_images", "data.inputs", "trainer.logger",
     "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.default_root_dir", "trainer.profiler",
     "model.init_args.domains", "init",
 )  # fmt: skip
 """Keys that do not change what is trained, or that stand in a run's id or hash by content: left out of the hash."""
-
-
-def run(command: str, arguments: list[str]) -> int:
-    """``crossft fit`` and ``crossft resume``."""
-    try:
-        with Stopping() as stopping:
-            return _fit(arguments, stopping) if command == "fit" else _resume(arguments, stopping)
-    except Interrupted as stop:
-        if not stop.requeue or "SLURM_JOB_ID" not in os.environ or not Launch().first:
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's answer to a requeue; nothing is left to be stopped
-        raise Interrupted(f"{stop}; {requeue(os.environ['SLURM_JOB_ID'])}", requeue=True) from stop
-
-
-def _fit(arguments: list[str], stopping: Stopping) -> int:
-    Chain(Settings(arguments, "fit"), stopping).run()
-    return 0
-
-
-def _resume(arguments: list[str], stopping: Stopping) -> int:
-    arguments, allowed = take_allowed(arguments)
-    parser = argparse.ArgumentParser("crossft resume", description="Continue a run from its folder, to the same bits.")
-    parser.add_argument("run", help="the run folder")
-    parser.add_argument("--allow", metavar="PACKAGE", help="let its config name classes of one more package")
-    options, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise ConfigError(
-            f"crossft resume takes no settings ({rest[0]}): a run is continued with its own config; "
-            "for other settings start a new run, with --init for the model"
-        )
-    folder = RunFolder.open(options.run)
-    status = folder.summary()["status"]
-    if status in ("finished", "pruned"):
-        print(f"{folder.path} is {status}: nothing to resume")
-        return 0
-    if not folder.config.is_file():
-        raise RunError(f"{folder.config} is missing: the run never began; remove the folder and start it again")
-    settings = Settings(yaml.safe_load(folder.config.read_text(encoding="utf-8")), "resume", allowed)
-    Chain(settings, stopping, folder).run()
-    return 0
 
 
 def prepared(settings: Settings, manifest: dict[str, Any] | None = None) -> DomainData:
@@ -102,7 +57,7 @@ def source_settings(settings: Settings) -> Settings:
     overrides = plain.pop("source_leg") or {}
     plain["data"] |= {"target": None, "eval": None, "shots": None, "fraction": None, "target_labels": "all"}
     plain["data"] |= {"validation_from_labels": False, "mix": None, "epoch": "longest", "train_on": "source"}
-    plain |= {"methods": {}, "init": None, "arm": "source"}
+    plain |= {"methods": {}, "init": None, "arm": "source", "sequence": None}
     plain["select"] = {"metric": None, "oracle": False}
     plain["trial"] = {}
     merged = _merged(plain, overrides)
@@ -176,10 +131,14 @@ class Chain:
             init = self.init
             if source_data is not None:
                 init = self._run_source(plan, source_data, folder)
-            resume = Path(plan["resume"]) if plan["resume"] else None
-            Leg(self.settings, folder, data, init, resume, self.launch, self.stopping).run()
+            self._train(plan, folder, data, init)
         finally:
             self._release()
+
+    def _train(self, plan: dict[str, Any], folder: RunFolder, data: DomainData, init: Path | None) -> None:
+        """Run the leg itself; the run it starts from is done."""
+        resume = Path(plan["resume"]) if plan["resume"] else None
+        Leg(self.settings, folder, data, init, resume, self.launch, self.stopping).run()
 
     def _inherited(self, source_data: DomainData | None) -> dict[str, Any] | None:
         """The splits of the leg this one starts from."""
@@ -249,6 +208,8 @@ class Chain:
 
     def _hashed(self, settings: Settings) -> dict[str, Any]:
         plain = settings.plain()
+        if plain["sequence"] is None:
+            del plain["sequence"]
         for key in NOT_TRAINED:
             *parents, last = key.split(".")
             place = plain
@@ -314,12 +275,12 @@ class Chain:
 
 
 def _reclaim(path: Path) -> None:
-    """Remove a run that failed before it saved anything, so that the corrected command can take its place."""
+    """Remove a run that failed before it or a leg in it saved anything: the corrected command can take its place."""
     folder = RunFolder(path)
     if (
         folder.summary_file.is_file()
         and folder.summary()["status"] == "failed"
-        and not any(folder.checkpoints.iterdir())
+        and not any(path.glob("**/checkpoints/*"))
     ):
         shutil.rmtree(path)
 

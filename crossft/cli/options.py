@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["CheckpointOptions", "RunOptions", "SelectOptions", "TrialOptions", "WandbOptions"]
+__all__ = ["CheckpointOptions", "RunOptions", "SelectOptions", "TrialOptions", "WandbOptions", "WatchOptions"]
 
 
 @dataclass
@@ -73,6 +73,19 @@ class TrialOptions:
     study: str | None = None
     number: int | None = None
     early_terminate: dict[str, Any] | None = None
+
+
+@dataclass
+class WatchOptions:
+    """What is measured while training, beside validation: drift of weights and features, sources on a few rows.
+
+    Attributes:
+        rows: source rows, over all sources; 0: none.
+        every_n_steps: optimizer steps between measurements within an epoch; null: at epoch ends only.
+    """
+
+    rows: int = 64
+    every_n_steps: int | None = None
 
 
 @dataclass

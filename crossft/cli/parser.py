@@ -12,8 +12,15 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from crossft.cli.checks import check_run
-from crossft.cli.options import CheckpointOptions, RunOptions, SelectOptions, TrialOptions, WandbOptions
+from crossft.cli.checks import check_run, set_sequence
+from crossft.cli.options import (
+    CheckpointOptions,
+    RunOptions,
+    SelectOptions,
+    TrialOptions,
+    WandbOptions,
+    WatchOptions,
+)
 from crossft.cli.safety import check_values, deny_by_default, take_allowed
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError, UnsafeConfigError
@@ -129,6 +136,12 @@ class Settings(LightningCLI):
             "--init", type=str | None, default=None, help="Run folder or checkpoint whose model this run starts from."
         )
         parser.add_argument(
+            "--sequence",
+            type=list[str] | str | None,
+            default=None,
+            help="Ordered domains to fine-tune through, one leg each (A,B,C): sets data.source and data.target.",
+        )
+        parser.add_argument(
             "--source_leg",
             type=dict[str, Any] | None,
             default=None,
@@ -137,10 +150,17 @@ class Settings(LightningCLI):
         parser.add_argument(
             "--before", type=bool, default=True, help="Measure the starting model on the test splits first."
         )
+        parser.add_argument(
+            "--diagnose",
+            type=bool,
+            default=True,
+            help="Split what a source lost into the parts of BatchNorm's statistics, where they moved, and of weights.",
+        )
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_class_arguments(RunOptions, "run")
         parser.add_class_arguments(SelectOptions, "select")
         parser.add_class_arguments(CheckpointOptions, "checkpoints")
+        parser.add_class_arguments(WatchOptions, "watch")
         parser.add_class_arguments(WandbOptions, "wandb")
         parser.add_class_arguments(TrialOptions, "trial")
 
@@ -160,6 +180,7 @@ class Settings(LightningCLI):
             raise
         except (TypeError, ValueError, KeyError, AttributeError, OSError, yaml.YAMLError) as error:
             raise translated(str(error)) from error
+        set_sequence(self.config)
         check_values(self.config, self.allowed)
         check_run(self.config)
         self._check_methods([] if isinstance(args, dict) else list(args or []))

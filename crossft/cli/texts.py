@@ -3,8 +3,8 @@
 __all__ = ["COMMANDS", "HELP", "USAGE"]
 
 COMMANDS = {
-    "fit": ("legs", "train a run: the source first where the config says so, then the target"),
-    "resume": ("legs", "continue a run from its folder, to the same bits"),
+    "fit": ("fit", "train a run: the source first where the config says so, then the target or a sequence"),
+    "resume": ("fit", "continue a run from its folder, to the same bits"),
     "test": ("evaluate", "measure a run's model on the test splits"),
     "validate": ("evaluate", "measure a run's model on the validation splits"),
     "baseline": ("baseline", "measure TF-IDF and frozen-feature classifiers on a run's splits, beside the run"),
@@ -18,6 +18,7 @@ COMMANDS = {
         "plan, run, or submit to SLURM every arm and seed of a sweep file; goes on where it was stopped",
     ),
     "cache": ("cache", "list or remove the stored activations of frozen backbones"),
+    "frontier": ("frontier", "draw target gain against source retention over each method's strengths"),
     "compare": ("compare", "put runs side by side: gain and retention with confidence intervals"),
 }
 """Each command's module, and what it is for."""
@@ -33,6 +34,7 @@ commands:
 first steps:
   crossft fit --config configs/vision/domains.yaml --data.root DIR --data.source photo --data.target sketch
   crossft fit --config configs/text/domains.yaml   --data.root DIR --data.source books --data.target kitchen
+  crossft fit --config configs/vision/domains.yaml --data.root DIR --sequence photo,art_painting,sketch
 DIR holds one folder (DOMAIN/CLASS/image) or one file (DOMAIN.csv|tsv|jsonl|parquet) a domain.
 """
 

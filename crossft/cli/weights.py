@@ -9,15 +9,19 @@ from torch import Tensor
 
 from crossft.callbacks.monitoring import AtomicCheckpointIO
 from crossft.errors import CheckpointError, CrossftError
-from crossft.runs import RunFolder
+from crossft.runs import RunFolder, read_json
 from crossft.tasks import Task
 from crossft.types import Domain, head_of
 
-__all__ = ["checkpoint_of", "load_weights", "read_domains"]
+__all__ = ["SEQUENCE", "checkpoint_of", "load_weights", "read_domains"]
+
+SEQUENCE = "sequence.json"
+"""In the folder of a sequence: the matrix of its legs, and their folders."""
 
 
 def checkpoint_of(path: Path | str) -> Path:
-    """The checkpoint file behind a path: itself, or the one a finished run's summary names (else ``last.ckpt``).
+    """The checkpoint file behind a path: itself, or the one a finished run's summary names (else ``last.ckpt``);
+    of a sequence, that of its last leg.
 
     Raises:
         CheckpointError: there is none, or the summary names a file outside the run's checkpoints.
@@ -27,6 +31,8 @@ def checkpoint_of(path: Path | str) -> Path:
     if path.is_file() and path.suffix != ".json":
         return path
     folder = RunFolder.open(path)
+    if (folder.path / SEQUENCE).is_file():
+        return checkpoint_of(folder.path / str(read_json(folder.path / SEQUENCE)["runs"][-1]))
     named = str(folder.summary().get("checkpoint") or "checkpoints/last.ckpt")
     file = folder.path / named
     if not file.resolve().is_relative_to(folder.checkpoints.resolve()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ __all__ = ["batch_of", "one_pass", "placed", "training_rows"]
 
 
 def training_rows(
-    data: DomainData, role: Role, labeled: bool = False, limit: int | None = None
+    data: DomainData, role: Role, labeled: bool = False, limit: int | None = None, without: Collection[str] = ()
 ) -> dict[int, NDArray[np.int64]]:
     """Dataset rows of the training split of every domain with a role, by domain id.
 
@@ -33,6 +33,7 @@ def training_rows(
         labeled: leave out rows without a label.
         limit: at most so many rows of all these domains together, in proportion to their sizes: a random choice that
             depends on the rows alone, so it is the same in every process and every run.
+        without: names of domains to leave out, where others with rows are left.
 
     Raises:
         ConfigError: there is no such row.
@@ -46,6 +47,8 @@ def training_rows(
     if not found:
         what = "labeled training rows" if labeled else "training rows"
         raise ConfigError(f"a method needs {role} data, and the run has no {what} of that role; set data.{role}")
+    others = {n: rows for n, rows in found.items() if data.prepared[n].domain.name not in without}
+    found = others or found
     total = sum(map(len, found.values()))
     if limit is not None and limit < total:
         chosen = np.random.default_rng(0).permutation(total)[:limit]

@@ -21,6 +21,7 @@ from crossft.functional.kernels import gaussian_kernel, mmd_linear, mmd_unbiased
 from crossft.functional.norms import spectral_penalty, stepwise_norm
 from crossft.functional.precision import full_precision, upcast
 from crossft.functional.reversal import adversarial_strength, reverse_gradient
+from crossft.functional.similarity import linear_cka
 
 __all__ = [
     "adversarial_strength",
@@ -33,6 +34,7 @@ __all__ = [
     "gather_rows",
     "gaussian_kernel",
     "gradient_variance",
+    "linear_cka",
     "log_not",
     "logit_gradients",
     "mean_over_processes",

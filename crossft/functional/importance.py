@@ -6,8 +6,10 @@ a matrix C(z) [r, k] are pulled back through the network, and the squares of wha
 
     F_i = mean over rows of sum over r of (sum over k of C_rk dz_k / dw_i)^2.
 
-For a softmax over classes C_r = sqrt(p_r) (e_r - p) gives the expectation over y exactly; independent Bernoulli labels
-(multilabel) give C_j = sqrt(p_j (1 - p_j)) e_j; a Gaussian of unit variance (regression, in standard units) C = 1.
+For a softmax over k classes, C_r = sqrt(p_r) (e_r - p) gives the expectation over y exactly. The sum of squares
+depends on C^T C = diag(p) - p p^T alone, which has rank k - 1, so C is its Cholesky factor instead: k - 1 rows, one
+backward pass less (for two classes half of them). Independent Bernoulli labels (multilabel) give
+C_j = sqrt(p_j (1 - p_j)) e_j; a Gaussian of unit variance (regression, in standard units) C = 1.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from crossft.types import Kind
 __all__ = ["FisherLabels", "check_labels", "fisher_cotangents", "mas_cotangents"]
 
 FisherLabels = Literal["exact", "sampled", "empirical", "argmax"]
-"""Whose labels the Fisher reads: the model's in expectation (``exact``: k backward passes), the model's drawn at random
-(``sampled``: unbiased), the data's (``empirical``: not the Fisher; small where the model fits), or the model's most
+"""Whose labels the Fisher reads: the model's in expectation (``exact``: k - 1 backward passes), the model's drawn
+at random (``sampled``: unbiased), the data's (``empirical``: not the Fisher; small where the model fits), or its most
 likely one (``argmax``: biased; Kunstner et al. 2019 and van de Ven 2025 compare them)."""
 
 
@@ -60,7 +62,7 @@ def fisher_cotangents(
         uniform: [draws, b, k] in (0, 1); read by ``sampled`` only. Only [..., 0] counts for classes.
 
     Returns:
-        [r, b, k] float32, detached: r = k for ``exact`` (1 for regression), draws for ``sampled``, else 1.
+        [r, b, k] float32, detached: ``exact`` has r = k - 1 (multilabel k, regression 1), ``sampled`` draws, else 1.
 
     Raises:
         ConfigError: the label mode is unknown or undefined for the kind.
@@ -84,7 +86,7 @@ def fisher_cotangents(
 def _categorical(p: Tensor, labels: FisherLabels, targets: Tensor | None, uniform: Tensor | None) -> Tensor:
     classes = torch.arange(p.shape[1], device=p.device)
     if labels == "exact":
-        return p.t().sqrt().unsqueeze(2) * (torch.eye(p.shape[1], device=p.device).unsqueeze(1) - p)
+        return _cholesky(p)
     if labels == "sampled":
         assert uniform is not None
         drawn = (p.cumsum(1) < uniform[..., :1].to(p)).sum(2).clamp(max=p.shape[1] - 1)
@@ -92,6 +94,26 @@ def _categorical(p: Tensor, labels: FisherLabels, targets: Tensor | None, unifor
     chosen = p.argmax(1) if labels == "argmax" else targets
     assert chosen is not None
     return ((chosen.unsqueeze(1) == classes).to(p) - p).unsqueeze(0)
+
+
+def _cholesky(p: Tensor) -> Tensor:
+    """[k - 1, b, k] with C^T C = diag(p) - p p^T for each row of p [b, k] (Tanabe & Sagae 1992, theorem 1).
+
+    With the tails q_i = p_{i+1} + ... + p_k: C_ii = sqrt(p_i q_i / q_{i-1}), C_ij = -p_j sqrt(p_i / (q_{i-1} q_i)) for
+    j > i. A class whose tail is 0 has no row.
+    """
+    k = p.shape[1]
+    if k == 1:
+        return torch.zeros_like(p).unsqueeze(0)
+    tails = p.flip(1).cumsum(1).flip(1)  # q_{i-1}; summed from the end, so that a small tail keeps its digits
+    before, after = tails[:, :-1], tails[:, 1:]
+    share = (p[:, :-1] / before.clamp(min=torch.finfo(p.dtype).tiny)).sqrt()
+    off = -p.unsqueeze(1) / after.sqrt().clamp(min=1e-30).unsqueeze(2)  # [b, i, j]
+    rows = torch.diag_embed(after.sqrt(), dim1=1, dim2=2)
+    diagonal = torch.nn.functional.pad(rows, (0, 1))
+    upper = torch.ones(k - 1, k, dtype=torch.bool, device=p.device).triu(1)
+    c = share.unsqueeze(2) * torch.where(upper, off, diagonal)
+    return c.transpose(0, 1)
 
 
 def _bernoulli(p: Tensor, labels: FisherLabels, targets: Tensor | None, uniform: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Transfer over a sequence of domains, from the matrix of accuracies. Each docstring names the variant it computes.
 
-``R`` [t, t]: row i holds the test accuracy on every domain after learning domain i, both in learning order.
+``R`` [t, t]: row i holds the test accuracy on every domain after learning domain i, both in learning order. None (or
+NaN) stands where it was not measured: above the diagonal, where nothing has trained the domain's own head yet.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def backward_transfer(R: ArrayLike) -> float | None:
 def forward_transfer(R: ArrayLike, baseline: ArrayLike) -> float | None:
     """FWT: mean over i > 1 of R[i-1, i] - baseline[i] (Lopez-Paz & Ranzato 2017, eq. 4).
 
-    None for one domain.
+    None for one domain, and where a value above the diagonal was not measured.
 
     Args:
         R: [t, t] accuracies.
@@ -65,12 +66,13 @@ def forward_transfer(R: ArrayLike, baseline: ArrayLike) -> float | None:
     Raises:
         ConfigError: ``R`` is not square, or ``baseline`` has another length.
     """
-    matrix, start = _matrix(R), np.asarray(baseline, dtype=np.float64)
+    matrix, start = _matrix(R), np.array(baseline, dtype=np.float64)
     if start.shape != (len(matrix),):
         raise ConfigError(f"baseline has shape {start.shape}; give one accuracy for each of the {len(matrix)} domains")
     if len(matrix) < 2:
         return None
-    return float((matrix.diagonal(1) - start[1:]).mean())
+    mean = float((matrix.diagonal(1) - start[1:]).mean())
+    return None if np.isnan(mean) else mean
 
 
 def forgetting(R: ArrayLike) -> float | None:
@@ -78,7 +80,7 @@ def forgetting(R: ArrayLike) -> float | None:
 
     For each j < t: the best of R[l, j] over l < t (all rows but the last, also those before j was learned), minus
     R[t, j]. Negative where the last row is the best. Libraries that include the last row in the maximum cannot go
-    below zero. None for one domain.
+    below zero. What was not measured counts nowhere. None for one domain.
 
     Args:
         R: [t, t] accuracies.
@@ -89,7 +91,7 @@ def forgetting(R: ArrayLike) -> float | None:
     matrix = _matrix(R)
     if len(matrix) < 2:
         return None
-    return float((matrix[:-1].max(0) - matrix[-1])[:-1].mean())
+    return float((np.fmax.reduce(matrix[:-1]) - matrix[-1])[:-1].mean())
 
 
 def learning_accuracy(R: ArrayLike) -> float:

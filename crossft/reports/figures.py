@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 
 from crossft.errors import RunError
 from crossft.reports.frontier import Tradeoff, tradeoff_of
+from crossft.reports.stats import Interval
 from crossft.reports.tables import label
 from crossft.runs import RunFolder, read_metrics, replacing
 
-__all__ = ["learning_curves", "tradeoff"]
+__all__ = ["frontier_picture", "learning_curves", "tradeoff"]
 
 # Okabe & Ito's palette, told apart with any color vision; each color has its own marker or dash beside it.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
@@ -167,3 +168,43 @@ def _scatter(axis: Axes, found: Tradeoff, ink: str) -> None:
     heading = "* no arm is better in both" + ("\n± 95 % over seeds" if any(x.n > 1 for x, _ in points.values()) else "")
     legend = axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=heading, alignment="left")
     legend.get_title().set_fontsize(8)
+
+
+def frontier_picture(
+    lines: Mapping[str, Sequence[tuple[str, Interval, Interval, bool]]], path: Path | str, *, title: str = ""
+) -> Path:
+    """Draw each method's strengths as a line: source retention (x) against target gain (y), with the common front.
+
+    Args:
+        lines: by method, its points in order: strength, retention, gain, and whether it is on the front of all.
+        path: the PNG to write.
+        title: heading of the picture.
+
+    Returns:
+        The picture's path.
+    """
+    with _style(False):
+        figure = Figure(figsize=(7.6, max(4.6, 1.2 + 0.27 * len(lines))), layout="constrained")
+        axis = figure.subplots()
+        front = sorted((x.mean, y.mean) for points in lines.values() for _, x, y, on in points if on)
+        axis.plot(*zip(*front), "-", color=_INK[False][0], alpha=0.25, linewidth=5, solid_joinstyle="round", zorder=1)
+        for i, (method, points) in enumerate(lines.items()):
+            marker, color = _MARKERS[(i + i // len(_COLORS)) % len(_MARKERS)], _COLORS[i % len(_COLORS)]
+            both = [(x, y) for _, x, y, _ in points]
+            xs, ys = ([v.mean for v in side] for side in zip(*both))
+            halves = [[0.0 if np.isnan(v.half) else v.half for v in side] for side in zip(*both)]
+            axis.errorbar(xs, ys, halves[1], halves[0], fmt="none", ecolor=color, elinewidth=0.8, alpha=0.6)
+            dash = _DASHES[i % len(_DASHES)]
+            axis.plot(xs, ys, dash, marker=marker, color=color, markersize=6, markeredgewidth=0, label=method)
+            for strength, x, y, _ in points:
+                text = strength.rpartition("=")[2]
+                axis.annotate(text, (x.mean, y.mean), (4, 4), textcoords="offset points", fontsize=6.5, color=color)
+        axis.set_xlabel("source retention: after / before")
+        axis.set_ylabel("target gain: after - before")
+        axis.set_title(title, loc="left")
+        axis.margins(0.08)
+        several = any(x.n > 1 for points in lines.values() for _, x, _, _ in points)
+        heading = "by hypervolume\nband: no point is better in both" + ("\n± 95 % over seeds" if several else "")
+        legend = axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=heading, alignment="left")
+        legend.get_title().set_fontsize(8)
+        return _save(figure, Path(path))

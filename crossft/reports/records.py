@@ -140,8 +140,13 @@ def after_key(runs: pd.DataFrame, key: str) -> str:
 
 
 def headline(runs: pd.DataFrame) -> list[str]:
-    """The columns to compare by default: targets after and gained, sources after and retained, others after."""
-    columns = []
+    """The columns to compare by default: targets after and gained, sources after and retained, others after.
+
+    Of sequences, the numbers of their matrix.
+    """
+    whole = [f"sequence/{n}" for n in ("acc", "bwt", "forgetting", "fwt", "learning_accuracy")]
+    if columns := [c for c in whole if c in runs.columns and runs[c].notna().any()]:
+        return columns
     for key, role in domain_keys(runs).items():
         columns += [after_key(runs, key)]
         columns += [f"{key}/{'gain' if role == 'target' else 'retention'}"] if role != "eval" else []

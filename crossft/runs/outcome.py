@@ -6,7 +6,7 @@ import math
 
 __all__ = ["gain", "higher_is_better", "retention"]
 
-_ERRORS = frozenset({"mse", "mae", "calibration_error", "loss", "entropy", "dev", "iwcv", "regret"})
+_ERRORS = frozenset({"mse", "mae", "calibration_error", "loss", "entropy", "dev", "iwcv", "regret", "forgetting"})
 
 
 def higher_is_better(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -106,6 +106,32 @@ class Attachments(nn.Module):
         """Add every penalty's weighted gradient to ``.grad``, in name order."""
         for name, penalty in self.named_penalties():
             penalty.add_grad_(self.weight(name, progress))
+
+    @torch.no_grad()
+    def gradient_ratios(self, parameters: Sequence[nn.Parameter], progress: float) -> dict[str, Tensor]:
+        """Norm of every penalty's weighted gradient over that of ``.grad`` as it is, on the weights it acts on.
+
+        Gradients are left as they were. It holds one more gradient while it runs.
+
+        Args:
+            parameters: all that may have a gradient.
+            progress: share of training done.
+        """
+        own = [p.grad for p in parameters]
+        ratios: dict[str, Tensor] = {}
+        try:
+            for name, penalty in self.named_penalties():
+                for parameter in parameters:
+                    parameter.grad = None
+                penalty.add_grad_(self.weight(name, progress))
+                pairs = [(p.grad, g) for p, g in zip(parameters, own) if p.grad is not None and g is not None]
+                if pairs:
+                    pull, task = (torch.stack(torch._foreach_norm(list(side))).norm() for side in zip(*pairs))
+                    ratios[name] = pull.float() / task.float()
+        finally:
+            for parameter, gradient in zip(parameters, own):
+                parameter.grad = gradient
+        return ratios
 
     @torch.no_grad()
     def logs(self, values: dict[str, Tensor], progress: float) -> dict[str, Tensor]:

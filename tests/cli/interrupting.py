@@ -26,13 +26,14 @@ class Noise(Dataset[tuple[torch.Tensor, int]]):
 
 
 class StopAt(Callback):
-    """Sends SIGTERM to its own process at the optimizer steps in STOP_AT, of runs trained on the roles in STOP_IN."""
+    """Sends SIGTERM to its own process at the optimizer steps in STOP_AT, of runs trained on the role in STOP_IN, or
+    whose target that is."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         roles = os.environ.get("STOP_IN", "")
-        if (
-            str(trainer.global_step) in os.environ.get("STOP_AT", "").split(",")
-            and roles in trainer.datamodule.train_on
+        if str(trainer.global_step) in os.environ.get("STOP_AT", "").split(",") and roles in (
+            *trainer.datamodule.train_on,
+            *trainer.datamodule.roles["target"],
         ):
             os.kill(os.getpid(), signal.SIGTERM)
 

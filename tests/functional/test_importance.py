@@ -74,6 +74,20 @@ def test_linear_softmax_has_the_closed_form() -> None:
     close(measured(model, x, labels="exact"), expected, 1e-5)
 
 
+@pytest.mark.parametrize("logits", [[0.3, -1.0, 2.0, 0.0], [40.0, 0.0, -3.0, -60.0], [-200.0, 0.0, 200.0, 0.0]])
+def test_the_exact_factor_is_the_covariance_of_the_labels(logits: list[float]) -> None:
+    """C^T C = diag(p) - p p^T with one row less than classes, also where the softmax saturates."""
+    z = torch.tensor([logits, logits[::-1]])
+    c, p = fisher_cotangents(z).double(), z.double().softmax(1)
+    assert c.shape == (3, 2, 4)
+    expected = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    found = torch.einsum("rbi,rbj->bij", c, c)
+    assert torch.isfinite(c).all()
+    assert torch.allclose(found, expected, atol=2e-7, rtol=1e-4)
+    one = z[:, :2] - z[:, 1:2]
+    assert fisher_cotangents(one).shape == (1, 2, 2)
+
+
 def test_independent_labels_and_regression_have_closed_forms() -> None:
     model, x = linear()
     p = model({"x": x}).sigmoid().detach()

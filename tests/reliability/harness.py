@@ -1,7 +1,8 @@
 """Kills runs with SIGKILL, resumes them, and compares them with runs that nobody stopped.
 
 A program of its own: it imports everything once and forks each process of each run, so that a kill costs the training
-and not ten seconds of imports. Arguments: a folder, and the number of kills. Prints one JSON line a kill.
+and not ten seconds of imports. Arguments: a folder, the number of kills, and ``sequences`` for chains of legs. Prints
+one JSON line a kill.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from tiny import image_domains
 
 import crossft.callbacks.adaptation
 import crossft.callbacks.retention
-import crossft.cli.legs  # noqa: F401 (imported before forking)
+import crossft.cli.fit  # noqa: F401 (imported before forking)
 from crossft.backbones import Timm
 from crossft.callbacks.monitoring import load_checkpoint
 from crossft.cli import main
-from crossft.runs import RunFolder, read_metrics
+from crossft.runs import RunFolder, read_json, read_metrics
 
 CELLS = list(product(("vision", "text"), (0, 2), (1, 2), (1, 2)))  # modality, workers, accumulation, processes
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "terms", "global_step", "callbacks")
@@ -72,7 +73,7 @@ def config(folder: Path, modality: str, workers: int, accumulation: int, world: 
 
 
 def make_data(folder: Path) -> None:
-    image_domains(folder / "vision", domains=("one", "two"), each=24, size=32)
+    image_domains(folder / "vision", domains=("one", "two", "three"), each=24, size=32)
     text_folder("bert", folder / "bert")
     (folder / "text").mkdir()
     rng = np.random.default_rng(0)
@@ -112,9 +113,15 @@ def launched(world: int, environment: dict[str, str], act: Callable[[], int]) ->
     return codes[0]
 
 
-def run(cell: tuple[str, int, int, int], path: Path, folder: Path, seen: Path, kill: str = "") -> None:
-    """Fit into ``folder``; with ``kill``, until the run is killed, then resume it to its end."""
-    fit = ["fit", "--allow", "killing", "--config", str(path), "--run.dir", str(folder)]
+def run(
+    cell: tuple[str, int, int, int], path: Path, folder: Path, seen: Path, kill: str = "", root: Path | None = None
+) -> None:
+    """Fit into ``folder``, or below ``root``; with ``kill``, until the run is killed, then resume it to its end."""
+    fit = ["fit", "--allow", "killing", "--config", str(path)]
+    if root is not None:
+        folder = root / "run"
+        fit += ["--run.root", str(root)]
+    fit += ["--run.dir", str(folder)]
     environment = {"SEEN": str(seen), "KILL_AT": kill}
     code = launched(cell[3], environment, lambda: main(fit))
     if kill:
@@ -188,6 +195,50 @@ def plan(kills: int, steps: dict[tuple[str, int, int], int]) -> list[tuple[tuple
     return points
 
 
+LEGS = ("source", "two", "three")
+INSIDE = [("three", "importance:2"), ("two", "backward:3"), ("source", "train_end:1")]
+"""Where a sequence is killed first: in a pass for importance, within a leg, between a leg's last save and its end."""
+
+
+def sequence_config(folder: Path, world: int) -> Path:
+    """A chain of three domains with everything that is carried from leg to leg."""
+    path = config(folder, "vision", 0, 1, world)
+    whole = yaml.safe_load(path.read_text())
+    names = {"ewc": "EWC", "online": "OnlineEWC", "mas": "MAS", "si": "SI", "replay": "Replay", "agem": "AGEM"}
+    methods = {n: {"class_path": f"crossft.callbacks.retention.{name}"} for n, name in names.items()}
+    methods["replay"]["init_args"] = {"size": 10, "share": 0.25}
+    whole |= {"experiment": "sequence", "sequence": ["one", *LEGS[1:]], "methods": methods}
+    whole["source_leg"] = {"methods": {"si": methods["si"]}}
+    whole["model"]["init_args"]["batchnorm"] = "frozen"  # a last batch may hold one row
+    whole["data"] = {k: whole["data"][k] for k in ("root", "batch_size", "augment")} | {"batch_size": 8}
+    path = folder / f"sequence-{world}.yaml"
+    path.write_text(yaml.safe_dump(whole))
+    return path
+
+
+def sequences(folder: Path, kills: int) -> None:
+    """Kill chains in every leg; each must end in every leg's bits, and in the same matrix."""
+    make_data(folder)
+    Timm("test_resnet", weights=None, image_size=32)
+    draw = random.Random(20261124)
+    others = [(leg, f"{what}:{n}") for leg in LEGS for what, n in (("epoch_start", 2), ("epoch_end", 2))]
+    points = [*INSIDE, *others, *((draw.choice(LEGS), f"backward:{draw.randint(1, 6)}") for _ in range(kills))][:kills]
+    for number, (leg, point) in enumerate(points):
+        world = 1 + (number % 2 if kills > len(INSIDE) else 0)
+        cell, roots = ("sequence", 0, 1, world), [folder / f"reference-{world}", folder / f"killed-{number}"]
+        seen = tuple(Path(f"{root}-seen") for root in roots)
+        if not roots[0].exists():
+            run(cell, sequence_config(folder, world), roots[0], seen[0], root=roots[0])
+        started = time.monotonic()
+        run(cell, sequence_config(folder, world), roots[1], seen[1], f"{leg}/{point}", root=roots[1])
+        legs = [[next(root.glob("sequence/source-*")), root / "run/1-two", root / "run/2-three"] for root in roots]
+        found = next((d for a, b in zip(*legs) if (d := compare(a, b, seen))), None)
+        matrices = [read_json(root / "run" / "sequence.json") for root in roots]
+        found = found or difference(*({k: v for k, v in m.items() if k != "runs"} for m in matrices), "sequence.json")
+        row = {"cell": cell, "kill": f"{leg}/{point}", "difference": found}
+        print(json.dumps({**row, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+
+
 def everything(folder: Path, kills: int) -> None:
     make_data(folder)
     Timm("test_resnet", weights=None, image_size=32)  # what imports lazily is imported before the forks
@@ -213,4 +264,5 @@ def everything(folder: Path, kills: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
-    everything(where, int(sys.argv[2]) if len(sys.argv) > 2 else len(CELLS) + 4)
+    program = sequences if sys.argv[3:] == ["sequences"] else everything
+    program(where, int(sys.argv[2]) if len(sys.argv) > 2 else len(CELLS) + 4)

@@ -26,9 +26,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **extra}
 
 
-def kill_and_resume(folder: Path, kills: int, timeout: float) -> list[dict]:
+def kill_and_resume(folder: Path, kills: int, timeout: float, *program: str) -> list[dict]:
     done = subprocess.run(
-        [sys.executable, str(HERE / "harness.py"), str(folder), str(kills)],
+        [sys.executable, str(HERE / "harness.py"), str(folder), str(kills), *program],
         env=environment(CROSSFT_CACHE=str(folder / "cache")),
         capture_output=True,
         text=True,
@@ -55,6 +55,26 @@ def test_twenty_kills(tmp_path: Path) -> None:
         print(row)
     assert len(rows) == 20
     assert len({tuple(row["cell"]) for row in rows}) == 16
+    assert [row for row in rows if row["difference"] is not None] == []
+
+
+@pytest.mark.soak
+def test_three_kills_in_a_sequence(tmp_path: Path) -> None:
+    """In a pass for importance, within a leg, and between the last save of the first domain's leg and its end."""
+    rows = kill_and_resume(tmp_path, 3, 400, "sequences")
+    assert [row["kill"] for row in rows] == ["three/importance:2", "two/backward:3", "source/train_end:1"]
+    assert [row["difference"] for row in rows] == [None] * 3
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_fifteen_kills_in_sequences(tmp_path: Path) -> None:
+    """Every leg, at its epochs' ends and starts, in a pass for importance, and at random steps; 1 and 2 processes."""
+    rows = kill_and_resume(tmp_path, 15, 3500, "sequences")
+    for row in rows:
+        print(row)
+    assert len(rows) == 15
+    assert {row["kill"].split("/")[0] for row in rows} == {"source", "two", "three"}
     assert [row for row in rows if row["difference"] is not None] == []
 
 

@@ -3,6 +3,7 @@
 from crossft.callbacks.monitoring.anchors import Anchors
 from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, latest_valid, load_checkpoint
 from crossft.callbacks.monitoring.checkpoints import Checkpoints
+from crossft.callbacks.monitoring.drift import Drift, stage_drift
 from crossft.callbacks.monitoring.finite import FiniteCheck
 from crossft.callbacks.monitoring.health import Health
 from crossft.callbacks.monitoring.ledger import Ledger, ledger_rows
@@ -16,6 +17,7 @@ __all__ = [
     "Anchors",
     "AtomicCheckpointIO",
     "Checkpoints",
+    "Drift",
     "FiniteCheck",
     "Health",
     "Ledger",
@@ -27,4 +29,5 @@ __all__ = [
     "latest_valid",
     "ledger_rows",
     "load_checkpoint",
+    "stage_drift",
 ]

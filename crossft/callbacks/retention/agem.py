@@ -12,7 +12,8 @@ from torch import distributed as dist
 
 from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.base import MethodCallback, method_seed
-from crossft.callbacks.retention.rehearsal import Keep, check_memory, chosen_rows, rows_of
+from crossft.callbacks.retention.chain import leave_memory
+from crossft.callbacks.retention.rehearsal import Keep, check_memory, chosen_rows, ids_of_rows, rows_of
 from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.data.passes import batch_of, placed
 from crossft.errors import ConfigError
@@ -35,23 +36,30 @@ class ReferenceGradient(GradientProjection):
         seed: of its draws.
     """
 
-    sample_ids: Tensor
-    constants = ("sample_ids",)
+    ids: Tensor
+    constants = ("ids",)
 
     def __init__(self, task: Task, data: Any, rows: Any, batch_size: int, seed: int) -> None:
         super().__init__()
         self._data, self.batch_size, self.seed = [data], batch_size, seed
         self._set(rows)
-        ids = [int(data.dataset.sample_ids[row]) for _, row in self._members]
-        self.register_buffer("sample_ids", torch.tensor(ids))
+        self.register_buffer("ids", ids_of_rows(data, rows))
         self._last: dict[str, Tensor] = {}
 
     def _set(self, rows: Any) -> None:
         self._members = [(number, int(row)) for number, own in sorted(rows.items()) for row in own]
 
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """What the last step did: it is logged with the next, which may be the first after a resume."""
+        return dict(self._last)
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take it from a checkpoint."""
+        self._last = dict(state)
+
     def restore(self) -> None:
         """Take the memory that a checkpoint has brought."""
-        self._set(rows_of(self._data[0], self.sample_ids))
+        self._set(rows_of(self._data[0], self.ids))
 
     def drawn(self, step: int) -> list[tuple[int, int]]:
         """Members of the reference batch of an optimizer step: the memory in a new order each time it is through."""
@@ -133,7 +141,7 @@ class AGEM(MethodCallback):
     def build(self, task: Task) -> GradientProjection:
         """Choose the memory at the weights the leg starts from."""
         data: Any = task.trainer.datamodule  # type: ignore[attr-defined]
-        rows = chosen_rows(task, data, self.size, self.keep)
+        rows = chosen_rows(task, data, self.name, self.size, self.keep)
         return ReferenceGradient(task, data, rows, self.batch_size, method_seed(self.name) % 2**32)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,3 +150,10 @@ class AGEM(MethodCallback):
         rule = pl_module.attachments.projections[self.name]
         assert isinstance(rule, ReferenceGradient)
         rule.restore()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the memory for the run that starts from this one."""
+        assert isinstance(pl_module, Task)
+        rule = pl_module.attachments.projections[self.name]
+        assert isinstance(rule, ReferenceGradient)
+        leave_memory(pl_module, self.name, rule.ids)

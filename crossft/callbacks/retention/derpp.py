@@ -104,7 +104,7 @@ class DERPlusPlus(Rehearsing, MethodCallback):
                 "name the same labels for all of them in data.labels"
             )
         data: Any = task.trainer.datamodule  # type: ignore[attr-defined]
-        self.remember(data, chosen_rows(task, data, self.size, self.keep), self.share, self.labels)
+        self.remember(data, chosen_rows(task, data, self.name, self.size, self.keep), self.share, self.labels)
         sources = tuple(i for i, d in enumerate(task.domains) if d.role == "source")
         size = sum(map(len, self.rows.values()))
         return DarkMemory(heads[0], sources, size, len(task.domains[sources[0]].labels))
@@ -117,4 +117,4 @@ class DERPlusPlus(Rehearsing, MethodCallback):
         if bool(term.ready):
             return
         logits = seen_by(pl_module, data, self.rows, lambda batch: pl_module.model_step(batch).logits[term.head])
-        term.fill(self.sample_ids, logits)
+        term.fill(self.ids[:, 1], logits)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from crossft.callbacks.retention.importance import Importance, Measure, carried, hash_of
+import torch
+
+from crossft.callbacks.retention.importance import Importance, Measure, hash_of
 from crossft.callbacks.retention.quadratic import QuadraticMethod
 from crossft.errors import ConfigError
 from crossft.functional.importance import FisherLabels
@@ -21,11 +24,16 @@ class EWC(QuadraticMethod):
     the source's own head. It does not depend on a batch size; peers that square the gradient of a batch's mean find
     an F about b times smaller, so their weights are not comparable. The heads are not held.
 
-    Needs the source's training rows (their labels for ``labels: empirical`` alone), once, before training.
+    Over a chain of legs every earlier penalty goes on, each with its own F and its own w^0, as in the paper: what the
+    run before held by under this method's name is added to that of the sources it did not know (the sum of quadratics
+    is one quadratic, so memory does not grow).
+
+    Needs the training rows of the sources that no leg before has measured (their labels for ``labels: empirical``
+    alone), once, before training.
 
     Args:
         weight: lambda. No published default carries over between networks; sweep it over powers of ten.
-        labels: whose labels F reads (``exact``: the definition, one backward pass a class; ``sampled``: unbiased, one).
+        labels: whose labels F reads (``exact``: the definition, a backward pass a class but one; ``sampled``: one).
         samples: source rows read; null reads all.
         draws: labels drawn a row by ``sampled``.
         chunk: rows at a time; bounds the memory.
@@ -52,7 +60,7 @@ class EWC(QuadraticMethod):
     def importance_for(self, task: Task, data: Any) -> Importance:
         """Read it from the file, or measure it on the source."""
         if self.importance is None:
-            return self.measure.run(task, data)
+            return self._measured(task, data)
         found = Importance.load(self.importance)
         here = hash_of(task.backbone)
         if found.provenance.get("weights") not in (None, here):
@@ -62,12 +70,43 @@ class EWC(QuadraticMethod):
             )
         return found
 
+    def _measured(self, task: Task, data: Any) -> Importance:
+        """The source's, and the penalties of earlier legs: their sum is one quadratic, centred between the anchors."""
+        before = self.before(task)
+        if before is None:
+            return self.measure.run(task, data)
+        known = before.provenance.get("domains", [])
+        if not _others(task, known):
+            return before
+        found, named = self.measure.run(task, data, known), self.penalty(task).named
+        values = {n: before.values[n] + f for n, f in found.values.items()}
+        anchors = {}
+        for n, total in values.items():
+            here = named[n].detach()
+            old = before.anchors.get(n, here)
+            share = torch.where(total > 0, before.values[n] / total, torch.zeros_like(total))
+            anchors[n] = torch.lerp(here.float(), old.float(), share)
+        return Importance(values, {**_together(found, before), "anchors": "centre of the legs' penalties"}, anchors)
+
+
+def _others(task: Task, known: Collection[str]) -> list[str]:
+    """Source domains that are not among the known."""
+    return [d.name for d in task.domains if d.role == "source" and d.name not in known]
+
+
+def _together(found: Importance, before: Importance) -> dict[str, Any]:
+    """Provenance of importance that earlier legs had a part in."""
+    known = [str(n) for n in before.provenance.get("domains", [])]
+    domains = list(dict.fromkeys([*known, *found.provenance["domains"]]))
+    return {**found.provenance, "domains": domains, "before": before.provenance}
+
 
 class OnlineEWC(EWC):
     """Online EWC over a chain of legs (Schwarz et al. 2018, Progress & Compress, section 3 and eq. 9).
 
     One running importance, F = decay * F_before + F_source, where F_before is what the run before left under this
-    method's name, and one anchor: the weights the leg starts from.
+    method's name and F_source that of the sources it did not know (of all, where it knew all), and one anchor: the
+    weights the leg starts from.
 
     Args:
         weight: lambda.
@@ -96,11 +135,10 @@ class OnlineEWC(EWC):
         self.decay = decay
 
     def importance_for(self, task: Task, data: Any) -> Importance:
-        """Measure the source's, and add what the run before has left, if it left any."""
-        found = self.measure.run(task, data)
-        if (path := carried(task, self.name, required=False)) is None:
-            return found
-        before = Importance.load(path)
-        values = before.fit_to(dict(task.backbone.named_parameters()), path)
-        merged = {n: f + self.decay * values[n] for n, f in found.values.items()}
-        return Importance(merged, {**found.provenance, "decay": self.decay, "before": before.provenance})
+        """Measure the sources that earlier legs have not, and add what the run before has left, if it left any."""
+        before = self.before(task)
+        if before is None:
+            return self.measure.run(task, data)
+        found = self.measure.run(task, data, before.provenance.get("domains", []))
+        merged = {n: f + self.decay * before.values[n] for n, f in found.values.items()}
+        return Importance(merged, {**_together(found, before), "decay": self.decay})

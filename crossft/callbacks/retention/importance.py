@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,23 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from crossft.backbones.batchnorm import set_domains
+from crossft.callbacks.retention.chain import run_before
 from crossft.data.passes import one_pass, placed, training_rows
 from crossft.errors import CheckpointError, ConfigError
 from crossft.functional.importance import FisherLabels, check_labels, fisher_cotangents, mas_cotangents
 from crossft.functional.modes import evaluating
 from crossft.functional.per_sample import GradientPowers
-from crossft.runs import RunFolder, replacing
+from crossft.runs import replacing
 from crossft.tasks import Task
 from crossft.types import Batch, Role
 
-__all__ = ["Importance", "Measure", "carried", "hash_of"]
+__all__ = ["ANCHOR", "IMPORTANCE", "Importance", "Measure", "carried", "hash_of"]
 
 Values = dict[str, Tensor]
 IMPORTANCE = "importance:"
 """What the keys of importance begin with in a file; a parameter's name follows. A run's anchors keep them so too."""
+ANCHOR = "anchor:"
+"""The same for the points that weights are held at."""
 
 
 @dataclass
@@ -40,14 +43,17 @@ class Importance:
     Attributes:
         values: by parameter name within the backbone.
         provenance: plain values: kind, labels, rows, domains, data (fingerprint), weights (hash).
+        anchors: where each weight is held; none: at the weights a leg starts from.
     """
 
     values: Values
     provenance: dict[str, Any] = field(default_factory=dict)
+    anchors: Values = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all, with the provenance in its header."""
-        tensors = {IMPORTANCE + n: v.detach().cpu().contiguous() for n, v in self.values.items()}
+        both = {IMPORTANCE: self.values, ANCHOR: self.anchors}
+        tensors = {k + n: v.detach().cpu().contiguous() for k, values in both.items() for n, v in values.items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, self.header)
 
@@ -65,14 +71,16 @@ class Importance:
         """
         try:
             with safe_open(str(path), framework="pt") as file:
-                names = [k for k in file.keys() if k.startswith(IMPORTANCE)]  # noqa: SIM118
-                values = {k.removeprefix(IMPORTANCE).replace("/", "."): file.get_tensor(k) for k in names}
+                values, anchors = (
+                    {k.removeprefix(p).replace("/", "."): file.get_tensor(k) for k in file.keys() if k.startswith(p)}  # noqa: SIM118
+                    for p in (IMPORTANCE, ANCHOR)
+                )
                 provenance = json.loads((file.metadata() or {}).get("importance", "{}"))
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"importance={path} cannot be read as importance: {error}") from error
         if not values:
             raise CheckpointError(f"importance={path} holds no importance; give the anchors/NAME.safetensors of a run")
-        return cls(values, provenance)
+        return cls(values, provenance, anchors)
 
     def fit_to(self, parameters: Mapping[str, nn.Parameter], path: Path | str) -> Values:
         """The values for these parameters.
@@ -113,13 +121,10 @@ def carried(task: Task, name: str, required: bool = True) -> Path | None:
     Raises:
         ConfigError: the other run has left none.
     """
-    anchors = task.attachments.anchors
-    if anchors is None or not (folder := RunFolder(anchors.folder.parent)).summary_file.is_file():
+    parent = run_before(task)
+    if parent is None:
         return None
-    parent = folder.summary().get("parent")
-    if not parent:
-        return None
-    files = [RunFolder.open(parent).anchors / f"{stem}.safetensors" for stem in (f"{name}.final", name)]
+    files = [parent.anchors / f"{stem}.safetensors" for stem in (f"{name}.final", name)]
     for file in files:
         if file.is_file():
             return file
@@ -172,17 +177,22 @@ class Measure:
                 raise ConfigError(f"{name}={value} must be at least 1")
         check_labels(self.labels, "multiclass")
 
-    def run(self, task: Task, data: Any) -> Importance:
+    def run(self, task: Task, data: Any, known: Collection[str] = ()) -> Importance:
         """One pass over the role's training split, unaugmented: the mean over rows, all-reduced over processes.
 
         The heads are left out, whatever shares their parameters with the backbone too; parameters that do not train
         now are measured as well, since a later phase may thaw them. Modes, buffers, gradients and generators are left
         as they were.
 
+        Args:
+            task: measured as it is.
+            data: bound to its backbone.
+            known: domains to leave out, since earlier legs have measured them; where no other is left, all are read.
+
         Raises:
             ConfigError: the label mode is not defined for the data's labels, or the data lacks the role.
         """
-        rows = training_rows(data, self.role, labeled=self.labels == "empirical", limit=self.samples)
+        rows = training_rows(data, self.role, self.labels == "empirical", self.samples, known)
         heads = {id(p) for p in task.heads.parameters()}
         named = {n: p for n, p in task.backbone.named_parameters() if id(p) not in heads and p.is_floating_point()}
         totals = {n: torch.zeros(p.shape, device=p.device) for n, p in named.items()}

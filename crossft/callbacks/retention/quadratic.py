@@ -12,15 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from crossft.callbacks.base import MethodCallback
-from crossft.callbacks.retention.importance import IMPORTANCE, Importance
+from crossft.callbacks.retention.importance import ANCHOR, IMPORTANCE, Importance, carried
 from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.functional.pull import add_pull_
 from crossft.tasks import Task
 from crossft.types import WeightPenalty
 
 __all__ = ["QuadraticMethod", "QuadraticPenalty"]
-
-ANCHOR = "anchor:"
 
 
 class QuadraticPenalty(WeightPenalty):
@@ -55,6 +53,14 @@ class QuadraticPenalty(WeightPenalty):
         """Names of the buffers that never change during a run."""
         return tuple(n for n, _ in self.named_buffers() if n.startswith((ANCHOR, IMPORTANCE)))
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """The provenance, which a resumed run hands on."""
+        return dict(self.provenance)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take it from a checkpoint."""
+        self.provenance = dict(state)
+
     @property
     def metadata(self) -> dict[str, str]:
         """What the header of the stored constants says."""
@@ -69,10 +75,14 @@ class QuadraticPenalty(WeightPenalty):
         return self.get_buffer(ANCHOR + name.replace(".", "/"))
 
     @torch.no_grad()
-    def fill(self, values: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-        """Set the importance of every parameter."""
+    def fill(
+        self, values: Mapping[str, Tensor], provenance: Mapping[str, Any], anchors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Set the importance of every parameter, and where ``anchors`` says so, what it is held at."""
         for name in self.named:
             self.importance_of(name).copy_(values[name])
+        for name, anchor in (anchors or {}).items():
+            self.anchor_of(name).copy_(anchor)
         self.provenance = dict(provenance)
         self.ready.fill_(True)
 
@@ -133,4 +143,14 @@ class QuadraticMethod(MethodCallback):
         penalty = self.penalty(pl_module)
         if not bool(penalty.ready):
             found = self.importance_for(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-            penalty.fill(found.fit_to(penalty.named, self.name), found.provenance)
+            penalty.fill(found.fit_to(penalty.named, self.name), found.provenance, found.anchors)
+
+    def before(self, task: Task) -> Importance | None:
+        """What the run that this one starts from held by under this method's name, on the task's device."""
+        path = carried(task, self.name, required=False)
+        if path is None:
+            return None
+        found = Importance.load(path)
+        named = self.penalty(task).named
+        anchors = {n: found.anchors[n].to(p.device) for n, p in named.items() if n in found.anchors}
+        return Importance(found.fit_to(named, path), found.provenance, anchors)

@@ -7,11 +7,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 
+from crossft.callbacks.retention.chain import leave_memory, still_remembered
 from crossft.data.memory import Memory
 from crossft.data.passes import one_pass, placed, training_rows
 from crossft.errors import ConfigError
@@ -20,7 +21,7 @@ from crossft.functional.modes import evaluating
 from crossft.tasks import Task
 from crossft.types import Batch
 
-__all__ = ["Keep", "Rehearsing", "check_memory", "chosen_rows", "rows_of", "seen_by"]
+__all__ = ["Keep", "Rehearsing", "check_memory", "chosen_rows", "ids_of_rows", "rows_of", "seen_by"]
 
 Keep = Literal["balanced", "reservoir", "herding"]
 """``balanced``: as many of each class, at random; ``reservoir``: at random; ``herding``: those nearest their class's
@@ -41,22 +42,25 @@ def check_memory(size: int | None, keep: str) -> None:
         raise ConfigError(f"keep={keep!r} is unknown; allowed: {', '.join(get_args(Keep))}")
 
 
-def chosen_rows(task: Task, data: Any, size: int | None, keep: Keep) -> Rows:
+def chosen_rows(task: Task, data: Any, name: str, size: int | None, keep: Keep) -> Rows:
     """Dataset rows of a memory over the source's labeled training rows, by domain id.
 
     Every source domain has a part in proportion to its size. The choice depends on the rows (and for ``herding`` the
-    starting model) alone: it is the same on every process, and for every seed.
+    starting model) alone: it is the same on every process, and for every seed. Of a domain that the memory of the run
+    before held (under the same name) only what that one kept can be chosen: it shrinks to make room for new domains.
 
     Raises:
         ConfigError: no labeled source row, or classes are needed and the labels are no classes.
     """
     rows = training_rows(data, "source", labeled=True)
-    total = sum(map(len, rows.values()))
+    sizes = {number: len(own) for number, own in rows.items()}
+    total = sum(sizes.values())
+    rows = still_remembered(task, data, name, rows)
     if size is None or size >= total:
         return rows
     found: Rows = {}
     for number, own in rows.items():
-        part = max(1, round(size * len(own) / total))
+        part = min(len(own), max(1, round(size * sizes[number] / total)))
         if keep == "reservoir":
             found[number] = own[reservoir(len(own), part)]
             continue
@@ -103,33 +107,38 @@ def seen_by(task: Task, data: Any, rows: Rows, read: Callable[[Batch], Tensor]) 
     return torch.stack([found[int(row)] for own in rows.values() for row in own])
 
 
-def rows_of(data: Any, sample_ids: Tensor) -> Rows:
-    """Dataset rows of the source with these sample ids, by domain id.
+def ids_of_rows(data: Any, rows: Rows) -> Tensor:
+    """[n, 2] int64: domain id and sample id of each row. A sample id is of content, which domains may share."""
+    found = [(number, int(data.dataset.sample_ids[row])) for number, own in sorted(rows.items()) for row in own]
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+
+
+def rows_of(data: Any, ids: Tensor) -> Rows:
+    """Dataset rows of the source with these domain and sample ids [n, 2], by domain id.
 
     Raises:
         ConfigError: one is not there, so the data is not what a checkpoint was saved with.
     """
-    wanted = set(sample_ids.tolist())
+    wanted = {(number, content) for number, content in ids.tolist()}
     everything = training_rows(data, "source")
-    found = {
-        n: np.array([r for r in rows if int(data.dataset.sample_ids[r]) in wanted]) for n, rows in everything.items()
-    }
+    sample = data.dataset.sample_ids
+    found = {n: np.array([r for r in own if (n, int(sample[r])) in wanted]) for n, own in everything.items()}
     if sum(map(len, found.values())) < len(wanted):
         raise ConfigError("the source rows of a memory are not those of the checkpoint; resume with the run's own data")
     return {n: rows for n, rows in found.items() if len(rows)}
 
 
 class Rehearsing(Callback):
-    """Base of the methods whose memory stands in every training batch; a checkpoint holds its sample ids.
+    """Base of the methods whose memory stands in every training batch; a checkpoint holds its ids.
 
     Attributes:
         rows: dataset rows of the memory by domain id.
-        sample_ids: of these rows, in their order.
+        ids: [n, 2] domain and sample ids of these rows.
     """
 
     name: str
     rows: Rows
-    sample_ids: Tensor
+    ids: Tensor
     _data: Any = None
     _share: float = 0.5
     _labels: bool = True
@@ -137,12 +146,17 @@ class Rehearsing(Callback):
     def remember(self, data: Any, rows: Rows, share: float, labels: bool = True) -> None:
         """Put a memory into the batches; called before the loader is made."""
         self._data, self._share, self._labels, self.rows = data, share, labels, rows
-        self.sample_ids = torch.tensor([int(data.dataset.sample_ids[r]) for own in rows.values() for r in own])
+        self.ids = ids_of_rows(data, rows)
         data.memories[self.name] = Memory(rows, share, labels)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the memory for the run that starts from this one."""
+        assert isinstance(pl_module, Task)
+        leave_memory(pl_module, self.name, self.ids)
+
     def state_dict(self) -> dict[str, Any]:
-        """Sample ids of the memory."""
-        return {"ids": self.sample_ids}
+        """Domain and sample ids of the memory."""
+        return {"ids": self.ids}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the memory of the checkpoint; only in a fit, where the loader is made after this."""

@@ -50,4 +50,4 @@ class Replay(Rehearsing):
             return
         assert isinstance(pl_module, Task)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.remember(data, chosen_rows(pl_module, data, self.size, self.keep), self.share)
+        self.remember(data, chosen_rows(pl_module, data, self.name, self.size, self.keep), self.share)

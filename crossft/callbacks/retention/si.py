@@ -122,8 +122,8 @@ class SI(QuadraticMethod):
         """Add the step that was done, if one was."""
         self._path(pl_module).advance()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the importance for the run that starts from this one."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the importance for the run that starts from this one; also where a resume has no step left to train."""
         assert isinstance(pl_module, Task)
         penalty, anchors = self._path(pl_module), pl_module.attachments.anchors
         if anchors is not None:

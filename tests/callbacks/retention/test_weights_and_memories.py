@@ -8,16 +8,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from retention_cases import data_of, fit, images
-from tiny import flat
+from tiny import TinyVision, flat
 from torch import nn
 from torch.nn import functional as F
 
 from crossft.callbacks.retention import AGEM, DERPlusPlus, DriftLimit, Mixout, Replay, StochNorm
 from crossft.callbacks.retention.drift import length
 from crossft.callbacks.retention.mixout import MixoutConv2d, MixoutLinear
+from crossft.callbacks.retention.rehearsal import ids_of_rows, rows_of
 from crossft.callbacks.retention.stochnorm import StochasticNorm
 from crossft.callbacks.retention.swaps import put_back, swap_layers
-from crossft.data.passes import batch_of
+from crossft.data.passes import batch_of, training_rows
 from crossft.errors import ConfigError
 from crossft.functional.modes import evaluating
 from crossft.optim import RecAdam
@@ -212,6 +213,18 @@ def test_a_memory_has_its_share_of_every_batch_and_makes_no_epoch(root: Path) ->
     assert sum(t for _, t in seen) == target
     assert len(ids) == 9
     assert trainer.global_step == len(seen) == -(-target // 12)
+
+
+def test_rows_of_equal_content_in_two_domains_are_told_apart(root: Path) -> None:
+    """photo and flipped hold the same images under other labels: a resume must not remember both for one."""
+    data = data_of(root, source=["photo", "flipped"])
+    data.bind(TinyVision().input_spec)
+    everything = training_rows(data, "source")
+    contents = [{int(data.dataset.sample_ids[r]) for r in everything[n]} for n in (0, 1)]
+    assert len(contents[0] & contents[1]) > 10
+    rows = {0: everything[0][:7], 1: everything[1][3:5]}
+    again = rows_of(data, ids_of_rows(data, rows))
+    assert {n: own.tolist() for n, own in again.items()} == {n: own.tolist() for n, own in rows.items()}
 
 
 def test_dark_memory_holds_the_starting_models_logits(root: Path) -> None:

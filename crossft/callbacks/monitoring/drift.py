@@ -1,0 +1,178 @@
+"""How far a run has moved from where it started, and what the source makes of it, while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from crossft.callbacks.retention.rehearsal import seen_by
+from crossft.data.prepare import first_rows
+from crossft.errors import ConfigError
+from crossft.functional.similarity import linear_cka
+from crossft.metrics import domain_metrics, primary_metric
+from crossft.tasks import Task
+from crossft.types import Batch
+
+__all__ = ["Drift", "chosen", "stage_drift"]
+
+Rows = dict[int, NDArray[np.int64]]
+
+
+@torch.no_grad()
+def stage_drift(start: list[Tensor], now: list[nn.Parameter]) -> dict[str, Tensor]:
+    """Distance of some weights from where they started.
+
+    Args:
+        start: copies of the parameters.
+        now: the parameters.
+
+    Returns:
+        ``l2``: ||w - w0||; ``relative``: that over ||w0||; ``cosine``: of w and w0. NaN where w0 is zero.
+    """
+    own = [(a.to(p.device).double(), p.detach().double()) for a, p in zip(start, now, strict=True)]
+    far = torch.stack([(p - a).square().sum() for a, p in own]).sum().sqrt()
+    old, new = (torch.stack([t.square().sum() for t in side]).sum().sqrt() for side in zip(*own, strict=True))
+    along = torch.stack([(a * p).sum() for a, p in own]).sum()
+    return {"l2": far, "relative": far / old, "cosine": along / (old * new)}
+
+
+class Drift(Callback):
+    """Logs, at every epoch's end and every ``every_n_steps``, what has become of the starting model.
+
+    - ``drift/STAGE/l2``, ``relative`` and ``cosine``: a stage's weights against those the run started from.
+    - ``drift/features/cka``: linear CKA (Kornblith et al. 2019) of the features of some source rows, then and now.
+    - ``DOMAIN/probe/METRIC``: a source's primary metric on these rows.
+    - ``term/NAME/ratio``, with the losses: norm of a weight penalty's weighted gradient over that of the task loss and
+      the loss terms (before gradient projections), on the weights the penalty acts on.
+
+    The rows are from the sources' validation split (else training), unaugmented, in evaluation mode. Modes, buffers,
+    generators and gradients are left as they were. Memory: one copy of the backbone's weights; for a step that logs a
+    ratio one more gradient. Strategies that shard weights log nothing here.
+
+    Args:
+        rows: source rows, over all sources; 0 leaves out what needs rows.
+        every_n_steps: optimizer steps between measurements within an epoch; None: epoch ends only.
+
+    Raises:
+        ConfigError: an argument out of range.
+    """
+
+    def __init__(self, rows: int = 64, every_n_steps: int | None = None) -> None:
+        if rows < 0:
+            raise ConfigError(f"watch.rows={rows} must be 0 or more; 0 measures no rows")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigError(f"watch.every_n_steps={every_n_steps} must be at least 1; null measures at epoch ends")
+        self.rows, self.every_n_steps = rows, every_n_steps
+        self._start: dict[str, list[Tensor]] = {}
+        self._own: Rows = {}
+        self._features: dict[int, Tensor] = {}
+        self._done = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the weights and the features of some rows; before a checkpoint is restored, so a resume has the same."""
+        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+        if stage != "fit" or not isinstance(pl_module, Task) or sharded:
+            return
+        stages = pl_module.backbone.stages
+        self._start = {s.name: [p.detach().clone() for p in s.parameters()] for s in stages if list(s.parameters())}
+        self._own = chosen(trainer.datamodule, self.rows) if self.rows else {}  # type: ignore[attr-defined]
+        self._features = {n: own[0] for n, own in self._seen(trainer, pl_module).items()}
+        self._done = -1
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Log the ratios at steps that log anyway."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._start and every and (trainer.global_step + 1) % every == 0:
+            assert isinstance(pl_module, Task)
+            ratios = pl_module.attachments.gradient_ratios(list(pl_module.parameters()), pl_module.progress)
+            _log(trainer, {f"term/{name}/ratio": value for name, value in ratios.items()}, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure where it is due."""
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure."""
+        self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, task: LightningModule) -> None:
+        assert isinstance(task, Task)
+        if not self._start or self._done == trainer.global_step:
+            return
+        self._done = trainer.global_step
+        values: dict[str, Any] = {}
+        for stage in task.backbone.stages:
+            if stage.name in self._start:
+                found = stage_drift(self._start[stage.name], list(stage.parameters()))
+                values |= {f"drift/{stage.name}/{k}": v for k, v in found.items()}
+        seen = self._seen(trainer, task)
+        if seen:
+            old, new = (
+                torch.cat([part[n] for n in seen]) for part in (self._features, {n: v[0] for n, v in seen.items()})
+            )
+            values["drift/features/cka"] = linear_cka(old, new)
+        values |= self._scores(trainer, task, {n: v[1] for n, v in seen.items()})
+        _log(trainer, values, trainer.global_step - 1)
+
+    def _seen(self, trainer: Trainer, task: Task) -> dict[int, tuple[Tensor, Tensor]]:
+        """Features [n, d] and the own head's logits [n, k] of the rows of each source."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, own in self._own.items():
+            key = task.head_keys[task.domains[number].name]
+
+            def read(batch: Batch, key: str = key) -> Tensor:
+                step = task.model_step(batch)
+                return torch.cat([step.features, step.logits[key]], 1)
+
+            both = seen_by(task, data, {number: own}, read)
+            width = task.backbone.num_features
+            found[number] = (both[:, :width], both[:, width:])
+        return found
+
+    def _scores(self, trainer: Trainer, task: Task, logits: dict[int, Tensor]) -> dict[str, Tensor]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        scores: dict[str, Tensor] = {}
+        for number, own in logits.items():
+            domain = task.domains[number]
+            prepared = data.prepared[number]
+            known = prepared.labeled[self._own[number] - first_rows(data.prepared)[number]]
+            if known.all():
+                metrics = domain_metrics(domain)
+                targets = torch.as_tensor(np.asarray([data.dataset.targets[row] for row in self._own[number]]))
+                metrics.update(
+                    task.predictions(own, domain), targets.long() if domain.kind == "multilabel" else targets
+                )
+                name = primary_metric(domain.kind).name
+                scores[f"{task.evaluation.names[domain.name]}/probe/{name}"] = metrics[name].compute()
+        return scores
+
+
+def chosen(data: Any, count: int) -> Rows:
+    """Some dataset rows of the sources by domain id, the same for every seed and process."""
+    found: Rows = {}
+    for number, (p, start) in enumerate(zip(data.prepared, first_rows(data.prepared))):
+        own = p.rows("val") if len(p.rows("val")) else p.rows("train")
+        if p.domain.role == "source" and len(own):
+            found[number] = start + own
+    for number, own in found.items():
+        keep = np.random.default_rng(0).permutation(len(own))[: max(2, count // len(found))]
+        found[number] = np.sort(own[keep])
+    return found
+
+
+def _log(trainer: Trainer, values: dict[str, Any], step: int) -> None:
+    if values and trainer.is_global_zero:
+        plain = {name: float(value) for name, value in values.items()} | {"epoch": float(trainer.current_epoch)}
+        for logger in trainer.loggers:
+            logger.log_metrics(plain, step=step)
