@@ -27,6 +27,7 @@ from crossft.callbacks.adaptation import (
     MDD,
     MMD,
     SWAD,
+    DomainMixup,
     EntropyMinimization,
     Fishr,
     GroupDRO,
@@ -87,6 +88,7 @@ CASES = {
     "irm": Case(lambda w: IRM(w, anneal=0.4), 2.0, sources=True),
     "vrex": Case(lambda w: VREx(w, anneal=0.4), 5.0, sources=True),
     "fishr": Case(lambda w: Fishr(w, anneal=0.4), 20.0, sources=True),
+    "domain-mixup": Case(lambda w: DomainMixup(w, "cutmix", 1.0), processes=False),
     "mixup": Case(lambda w: InterDomainMixup(w, alpha=1.0), sources=True, processes=False),
     "coral-sources": Case(lambda w: CORAL(w, between="sources", layers=("features",)), 100.0, sources=True),
 }

@@ -11,6 +11,7 @@ from torch import nn
 
 from crossft.callbacks.freezing import Freeze, GradualUnfreezing, Phase
 from crossft.callbacks.monitoring import ledger_rows
+from crossft.cli.costs import full_cost, step_cost
 from crossft.cli.curves import draw_rates, dry_rates
 from crossft.cli.parser import Settings
 from crossft.cli.saved import take_option
@@ -37,16 +38,17 @@ def run(command: str, arguments: list[str]) -> int:
     rows = stage_rows(task)
     print_table(type(task.backbone).__name__, ["stage", "parameters", "trainable", "buffers"], rows)
     print(f"batchnorm: {task.batchnorm}; a head is added for every label space")
+    full = full_cost(task)
     for index, phase in enumerate(plan or [None]):
         if phase is not None:
             phase.apply(task)
-        _print_phase(task, index, phase)
+        _print_phase(task, index, phase, full)
     if curve is not None:
         _draw(settings, task, plan, Path(curve), steps)
     return 0
 
 
-def _print_phase(task: Task, index: int, phase: Phase | None) -> None:
+def _print_phase(task: Task, index: int, phase: Phase | None, full: tuple[int, int]) -> None:
     ledger = ledger_rows(task, task.named_groups(), index)
     factor = 1.0 if phase is None else phase.lr
     head = ["stage", "mode", "batchnorm", "trainable", "parameters", "lr", "decay"]
@@ -57,12 +59,13 @@ def _print_phase(task: Task, index: int, phase: Phase | None) -> None:
     cells = [[*row[:3], f"{row[3]:,}", f"{row[4]:,}", f"{row[5]:.3g}", f"{row[6]:g}"] for row in rows]
     trainable, everything = (sum(r[key] for r in ledger) for key in ("trainable", "parameters"))
     reached = list(dropwhile(lambda row: not row["trainable"], ledger))
-    backward = sum(row["parameters"] for row in reached)
+    forward, backward = step_cost(task)
     length = next((f"{n}={getattr(phase, n)}" for n in phase.lengths), "to the end") if phase else "to the end"
     print_table(f"phase {index}: {length}", head, cells, text_columns=3)
     print(
-        f"trains {trainable / everything:.1%} of the parameters; the backward pass goes through the stages from "
-        f"{reached[0]['stage']} on, which hold {backward / everything:.1%}"
+        f"trains {trainable / everything:.1%} of the parameters; the backward pass ends at {reached[0]['stage']}: "
+        f"{backward / 1e6:,.1f} MFLOP a row, {backward / max(1, full[1]):.1%} of where everything trains; a step (with "
+        f"{forward / 1e6:,.1f} forward) {(forward + backward) / max(1, sum(full)):.1%}"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from crossft.callbacks.monitoring import (
     AtomicCheckpointIO,
@@ -63,7 +64,8 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
     """Build a Trainer from the config; inside a SLURM job without Lightning's own requeue.
 
     Raises:
-        ConfigError: Lightning refuses the combination, or would load a checkpoint that nobody named.
+        ConfigError: Lightning refuses the combination, or would load a checkpoint that nobody named; or the strategy
+            shards, which the command line cannot measure.
     """
     arguments = {**dict(settings.build("trainer").trainer), **overrides}
     if (launcher := environment()) is not None:
@@ -72,9 +74,15 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
             arguments["plugins"] = [*plugins, launcher]
         refuse_strays(arguments.get("default_root_dir"))
     try:
-        return Trainer(**arguments)
+        trainer = Trainer(**arguments)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ConfigError(
+            "trainer.strategy=ModelParallelStrategy: the command line measures and loads whole models before and after "
+            "a fit, which slices of parameters do not allow yet; use trainer.strategy=ddp, or Trainer.fit from Python"
+        )
+    return trainer
 
 
 def build_methods(settings: Settings) -> list[Callback]:

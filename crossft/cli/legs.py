@@ -72,8 +72,10 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     if overrides.get("class_path", base.get("class_path")) != base.get("class_path"):
         merged.pop("init_args", None)
     for key, value in overrides.items():
+        if key == "params" and value is None:
+            continue  # of a torch optimizer named by its class: the parser fills it in and does not take it back
         old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = _merged(old if isinstance(old, dict) else {}, value) if isinstance(value, dict) else value
     return merged
 
 

@@ -19,6 +19,7 @@ from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
 from crossft.tasks.prefix import Prefix
+from crossft.tasks.sharding import shard_
 from crossft.tasks.trainability import freeze_others_, hold_frozen_
 from crossft.types import Batch, Domain, Encoded, GradientProjection, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
@@ -129,15 +130,12 @@ class Task(LightningModule):
         name = domain or self.default_domain
         if self.batchnorm == "per_domain":
             index = [d.name for d in self.domains].index(name)
-            rows = len(next(iter(inputs.values())))
-            set_domains(self.backbone, torch.full((rows,), index, device=self.device))
+            set_domains(self.backbone, torch.full((len(next(iter(inputs.values()))),), index, device=self.device))
         return self.heads[self.head_keys[name]](self.backbone(inputs).features)
 
     def encode(self, batch: Batch, capture: Collection[str] = ()) -> Encoded:
         """Run the backbone over a batch; from stored values of its frozen prefix where a method keeps them."""
-        if self.prefix is not None:
-            return self.prefix.encode(self, batch, capture)
-        return self.backbone(batch.inputs, capture=capture)
+        return self.prefix.encode(self, batch, capture) if self.prefix else self.backbone(batch.inputs, capture=capture)
 
     def model_step(self, batch: Batch) -> StepOutput:
         """Run backbone and heads over the whole mixed batch; shared by training, validation and test."""
@@ -172,8 +170,7 @@ class Task(LightningModule):
         return total
 
     def _head_ids(self, key: str, device: torch.device) -> Tensor:
-        ids = [i for i, d in enumerate(self.domains) if self.head_keys[d.name] == key]
-        return torch.tensor(ids, device=device)
+        return torch.tensor([i for i, d in enumerate(self.domains) if self.head_keys[d.name] == key], device=device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss plus every attached term times its weight; terms sum in name order."""
@@ -255,8 +252,8 @@ class Task(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Sample ids and predictions of the batch's rows, padding left out."""
         keep = batch.domains >= 0
-        space = self._spaces[self.head_keys[self.default_domain]]
-        return {"sample_ids": batch.sample_ids[keep], "predictions": self.predictions(self(batch.inputs), space)[keep]}
+        found = self.predictions(self(batch.inputs), self._spaces[self.head_keys[self.default_domain]])
+        return {"sample_ids": batch.sample_ids[keep], "predictions": found[keep]}
 
     # -- what trains -------------------------------------------------------------------------------------------
 
@@ -316,11 +313,14 @@ class Task(LightningModule):
         for key, head in self.heads.items():
             head.requires_grad_(key in self.trained_heads)
 
+    def configure_model(self) -> None:
+        """Cut the parameters over the processes where the strategy is FSDP2's; nothing else."""
+        shard_(self)
+
     def on_train_epoch_end(self) -> None:
         """Policy ``reestimated``: at the end, compute the statistics anew from the target's training inputs."""
-        if self.batchnorm == "reestimated" and (
-            self.trainer.global_step >= self._total_steps or self.trainer.should_stop
-        ):
+        over = self.trainer.global_step >= self._total_steps or self.trainer.should_stop
+        if self.batchnorm == "reestimated" and over:
             reestimate_(self.backbone, self._target_inputs())
 
     def _target_inputs(self) -> Iterator[dict[str, Tensor]]:
@@ -357,10 +357,9 @@ class Task(LightningModule):
                     "clipping have seen them scaled; set fused: false, or trainer.precision to bf16-mixed"
                 )
             optimizer = torch.optim.AdamW(groups, lr=3e-4)
-        self._total_steps = int(self.trainer.estimated_stepping_batches)
+        total = self._total_steps = int(self.trainer.estimated_stepping_batches)
         if type(self.schedule) is Constant and not self.schedule.warmup:
             return optimizer
-        total = self._total_steps
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -22,6 +22,7 @@ BASES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ("met
 FRAGMENTS = sorted((CONFIGS / "methods").glob("*.yaml"))
 TRAINERS = sorted((CONFIGS / "trainer").glob("*.yaml"))
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+EXPERIMENTS = CONFIGS.parent / "experiments"
 DATA = ["--data.root=.", "--data.source=a", "--data.target=b"]
 
 
@@ -106,3 +107,27 @@ def test_only_domains_configs_fit_the_source_first() -> None:
         else:
             assert settings.config.source_leg is None
             assert settings.config.data.target_labels == "none"
+
+
+@pytest.mark.parametrize(
+    "name", ["freezing/pacs-shots", "freezing/pacs-most", "freezing/amazon", "freezing/full/amazon"]
+)
+def test_an_experiments_arms_are_configs_and_start_from_one_source_model(name: str) -> None:
+    path = EXPERIMENTS / "freezing" / f"{name}.yaml"
+    sweep = read_sweep(path, ["--data.root=."])
+    found = [resolve([f"--config={sweep.config}", *arguments(arm.overrides)], []) for arm in expand(sweep)]
+    assert [f["error"] for f in found if "error" in f] == []
+    assert len({f["hash"] for f in found}) == 9
+    assert len({f["source"] for f in found}) == 1
+
+
+def test_a_source_leg_may_name_an_optimizer_by_its_class(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "source_leg: {model: {init_args: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.5}}}}}"
+    )
+    for class_path, lr in (("torch.optim.SGD", 0.1), ("torch.optim.AdamW", 0.1)):
+        flags = [f"--config={BASES[-1]}", f"--config={path}", *DATA, f"--model.optimizer={class_path}"]
+        source = source_settings(Settings([*flags, f"--model.optimizer.lr={lr}"]))
+        assert source.config.model.init_args.optimizer.class_path == "torch.optim.SGD"
+        assert source.config.model.init_args.optimizer.init_args.lr == 0.5

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
 
 import torch
+from backbones.tiny_models import images, noised, tiny_text, tiny_timm, tokens
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
-from tiny import TinyVision, flat
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from tiny import TinyVision
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from crossft.callbacks.adaptation import DANN
 from crossft.callbacks.freezing import GradualUnfreezing, Phase, RankSentinel
+from crossft.callbacks.freezing.selection import Selection
 from crossft.data import DomainData
 from crossft.errors import TrainingError
 from crossft.optim import Linear
 from crossft.tasks import Classification
+from crossft.types import Domain
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 PHASES = [
@@ -25,6 +33,11 @@ PHASES = [
     Phase(match=["middle.*"], kinds=["bias"], steps=2, moments="reset"),
     Phase(lr=0.5, rates="restart"),
 ]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that FSDP2 has cut over the processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Watch(Callback):
@@ -37,7 +50,9 @@ class Watch(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         named = list(pl_module.named_parameters())
         trains = sorted(n for n, p in named if p.requires_grad)
-        known = trainer.strategy.model._get_ddp_logging_data() if WORLD > 1 else {"num_parameter_tensors": len(trains)}
+        wrapped = trainer.strategy.model
+        ddp = isinstance(wrapped, DistributedDataParallel)
+        known = wrapped._get_ddp_logging_data() if ddp else {"num_parameter_tensors": len(trains)}
         self.facts.append(
             {
                 "trains": trains,
@@ -48,7 +63,8 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.weights.append(flat(pl_module))
+            state = pl_module.state_dict().values()
+            self.weights.append(torch.cat([whole(t).detach().double().reshape(-1) for t in state]))
 
 
 class Naive(Callback):
@@ -62,7 +78,7 @@ class Naive(Callback):
             pl_module.train_stages(["stem", "middle", "last"])
 
 
-def fit(root: Path, accumulation: int, methods: list[Callback]) -> None:
+def fit(root: Path, accumulation: int, methods: list[Callback], strategy: Strategy | str = "auto") -> None:
     data = DomainData(
         root=str(root), source="photo", target="sketch", batch_size=16 // (WORLD * accumulation), augment="none",
         train_on=["source", "target"], target_labels="none",
@@ -81,7 +97,8 @@ def fit(root: Path, accumulation: int, methods: list[Callback]) -> None:
         callbacks=methods,
         accelerator="cpu",
         devices=WORLD,
-        strategy=DDPStrategy(process_group_backend="gloo") if WORLD > 1 else "auto",
+        strategy=DDPStrategy(process_group_backend="gloo") if WORLD > 1 and strategy == "auto" else strategy,
+        gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -93,13 +110,52 @@ def fit(root: Path, accumulation: int, methods: list[Callback]) -> None:
     trainer.fit(task, data)
 
 
+FAMILIES = ("test_vit", "test_efficientnet", "test_convnext", "swin_tiny_patch4_window7_224", "bert", "deberta-v2")
+
+
+def sharded_gradients(name: str, folder: Path) -> dict[str, float]:
+    """Largest difference of a sharded backbone's gradients to a whole one's, by parameter; none may be lost.
+
+    All parameters train, then biases alone, then all again.
+    """
+    rank = dist.get_rank()
+    text = name in ("bert", "deberta-v2")
+    net = noised(tiny_text(name, folder / f"{name}-{rank}") if text else tiny_timm(name))
+    inputs = tokens(4) if text else images(net, 4)
+    torch.manual_seed(2)
+    task = Classification(net, [Domain("photo", "source", labels=("a", "b"))], batchnorm="frozen")
+    whole_task = copy.deepcopy(task)
+    task._device_mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    task.configure_model()
+    found: dict[str, float] = {}
+    for choice in (Selection(), Selection(kinds=["bias"]), Selection()):
+        for model, rows in ((whole_task, slice(0, 4)), (task, slice(2 * rank, 2 * rank + 2))):
+            choice.apply(model)
+            model.eval().zero_grad()
+            model({k: v[rows] for k, v in inputs.items()}).logsumexp(1).mean().backward()
+        for (label, mine), (_, reference) in zip(task.named_parameters(), whole_task.named_parameters()):
+            assert (mine.grad is None) == (not mine.requires_grad or reference.grad is None), (name, choice, label)
+            if mine.grad is not None:
+                error = float((whole(mine.grad) - reference.grad).abs().max() / (1e-3 + reference.grad.abs().max()))
+                found[label] = max(found.get(label, 0.0), error)
+    return found
+
+
 def main(root: Path, out: Path) -> None:
     results: dict[str, object] = {}
-    for accumulation in (1, 2):
+    for accumulation in (1, 2, 4):
         watch = Watch()
         fit(root, accumulation, [DANN(hidden=8), GradualUnfreezing(PHASES), RankSentinel(every_n_steps=1), watch])
         results[f"weights/{accumulation}"] = watch.weights
         results[f"facts/{accumulation}"] = watch.facts
+    for accumulation in (1, 4) if WORLD > 1 else ():
+        watch = Watch()
+        strategy = ModelParallelStrategy(WORLD, 1, process_group_backend="gloo")
+        fit(root, accumulation, [DANN(hidden=8), GradualUnfreezing(PHASES), watch], strategy)
+        results[f"sharded/{accumulation}"] = watch.weights
+        results[f"sharded/facts/{accumulation}"] = watch.facts
+    if WORLD > 1:
+        results["gradients"] = {name: sharded_gradients(name, out) for name in FAMILIES}
     try:
         fit(root, 1, [Naive(), RankSentinel(every_n_steps=1)])
         results["naive"] = ""

@@ -1,12 +1,14 @@
 """Kills runs with SIGKILL, resumes them, and compares them with runs that nobody stopped.
 
 A program of its own: it imports everything once and forks each process of each run, so that a kill costs the training
-and not ten seconds of imports. Arguments: a folder, the number of kills, and ``sequences`` for chains of legs. Prints
-one JSON line a kill.
+and not ten seconds of imports. Arguments: a folder, the number of kills, and ``sequences`` for chains of legs, or the
+number of kills of gradually unfrozen runs (18: in each of four phases at an epoch boundary and within an epoch, and
+where a phase begins, on two grids). Prints one JSON line a kill.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -36,8 +38,15 @@ from crossft.cli import main
 from crossft.runs import RunFolder, read_json, read_metrics
 
 CELLS = list(product(("vision", "text"), (0, 2), (1, 2), (1, 2)))  # modality, workers, accumulation, processes
+PHASED = [("phases", 0, 1, 1), ("phases", 2, 2, 2)]  # vision, gradually unfrozen in four phases
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "terms", "global_step", "callbacks")
-EPOCHS = 2
+EPOCHS = {"vision": 2, "text": 2, "phases": 8}
+PHASES = [
+    {"train_last": 0, "epochs": 2},
+    {"train_last": 2, "share": 0.25, "rates": "rewarm", "warmup": 3, "moments": "reset"},
+    {"kinds": ["norm"], "patience": 1, "restore_best": True, "lr": 0.5},
+    {"rates": "restart"},
+]
 
 
 def config(folder: Path, modality: str, workers: int, accumulation: int, world: int) -> Path:
@@ -54,14 +63,20 @@ def config(folder: Path, modality: str, workers: int, accumulation: int, world: 
         "dann": {"class_path": "crossft.callbacks.adaptation.DANN", "init_args": {"hidden": 8}},
         "l2sp": {"class_path": "crossft.callbacks.retention.L2SP"},
     }
+    if modality == "phases":
+        methods["unfreeze"] = {
+            "class_path": "crossft.callbacks.freezing.GradualUnfreezing",
+            "init_args": {"phases": PHASES, "monitor": "source/val/loss", "mode": "min", "min_delta": 10.0},
+        }
+        methods["sentinel"] = {"class_path": "crossft.callbacks.freezing.RankSentinel"}
     trainer = {
-        "max_epochs": EPOCHS, "accelerator": "cpu", "devices": world, "accumulate_grad_batches": accumulation,
+        "max_epochs": EPOCHS[modality], "accelerator": "cpu", "devices": world, "accumulate_grad_batches": accumulation,
         "strategy": "ddp" if world > 1 else "auto", "log_every_n_steps": 1, "enable_progress_bar": False,
         "callbacks": [{"class_path": "killing.Seen"}, {"class_path": "killing.KillAt"}],
     }  # fmt: skip
     data = {
-        "root": str(folder / modality), "source": "one", "target": "two", "train_on": "source", "target_labels": "none",
-        "batch_size": 4, "num_workers": workers, "augment": "flip",
+        "root": str(folder / ("text" if modality == "text" else "vision")), "source": "one", "target": "two",
+        "train_on": "source", "target_labels": "none", "batch_size": 4, "num_workers": workers, "augment": "flip",
     }  # fmt: skip
     whole = {
         "experiment": "kill", "model": {"class_path": "crossft.tasks.Classification", "init_args": task}, "data": data,
@@ -147,14 +162,14 @@ def difference(a: Any, b: Any, where: str = "") -> str | None:
     return None if a == b or (a != a and b != b) else f"{where}: {a} and {b}"
 
 
-def samples(seen: Path) -> dict[str, dict[str, list[int]]]:
-    """Sample ids by process and micro-batch; every repetition of one must be the same."""
-    found: dict[str, dict[str, list[int]]] = {}
+def samples(seen: Path) -> dict[str, dict[str, Any]]:
+    """What each process saw: sample ids of micro-batches, what trained at each step; repetitions must be the same."""
+    found: dict[str, dict[str, Any]] = {}
     for file in sorted(seen.iterdir()):
         rows = found.setdefault(file.name, {})
         for line in file.read_text().splitlines():
             step, micro, ids = json.loads(line)
-            assert rows.setdefault(f"{step}/{micro}", ids) == ids, f"step {step}: other samples after the resume"
+            assert rows.setdefault(f"{step}/{micro}", ids) == ids, f"{step}/{micro}: not the same after the resume"
     return found
 
 
@@ -167,7 +182,7 @@ def compare(reference: Path, folder: Path, seen: tuple[Path, Path]) -> str | Non
         if found := difference(first[part], second[part], part):
             return found
     if samples(seen[0]) != samples(seen[1]):
-        return "the samples seen"
+        return "the samples seen, or what trained"
     metrics = [repr(read_metrics(RunFolder(f).metrics)) for f in (reference, folder)]
     if metrics[0] != metrics[1]:
         return "metrics.csv"
@@ -183,7 +198,8 @@ def plan(kills: int, steps: dict[tuple[str, int, int], int]) -> list[tuple[tuple
     draw.shuffle(cells)  # so that the named points meet text, workers and processes
     points = []
     for i, cell in enumerate(cells):
-        epoch = steps[cell[0], cell[2], cell[3]] // EPOCHS * cell[2]  # micro-batches of an epoch
+        epochs = EPOCHS[cell[0]]
+        epoch = steps[cell[0], cell[2], cell[3]] // epochs * cell[2]  # micro-batches of an epoch
         named = {
             0: f"backward:{epoch + 1}",  # first step of an epoch
             1: "epoch_end:1",
@@ -191,7 +207,7 @@ def plan(kills: int, steps: dict[tuple[str, int, int], int]) -> list[tuple[tuple
             3: f"backward:{epoch // 2}",  # a middle one
             4: "epoch_start:2",
         }
-        points.append((cell, named.get(i) or f"backward:{draw.randint(1, EPOCHS * epoch)}"))
+        points.append((cell, named.get(i) or f"backward:{draw.randint(1, epochs * epoch)}"))
     return points
 
 
@@ -239,19 +255,38 @@ def sequences(folder: Path, kills: int) -> None:
         print(json.dumps({**row, "seconds": round(time.monotonic() - started, 1)}), flush=True)
 
 
-def everything(folder: Path, kills: int) -> None:
+def phase_plan(cell: tuple[str, int, int, int], reference: Path) -> list[tuple[tuple[str, int, int, int], str]]:
+    """Kill points in every phase, within an epoch and where one begins inside of the phase; and one at a change."""
+    steps = load_checkpoint(reference / "checkpoints" / "last.ckpt")["global_step"]
+    with (reference / "ledger.csv").open(newline="") as file:
+        starts = sorted({int(row["step"]) for row in csv.DictReader(file)})
+    assert len(starts) == len(PHASES), starts
+    epoch = steps // EPOCHS["phases"]
+    points = []
+    for start, end in zip(starts, [*starts[1:], steps]):
+        middle = next(s for s in range((start + end) // 2, end) if s % epoch)
+        boundary = next(s for s in range(start + 1, end) if s % epoch == 0)
+        points += [f"backward:{middle * cell[2] + 1}", f"epoch_start:{boundary // epoch + 1}"]
+    return [(cell, point) for point in [*points, f"epoch_start:{starts[1] // epoch + 1}"]]
+
+
+def everything(folder: Path, kills: int, phase_kills: int) -> None:
     make_data(folder)
     Timm("test_resnet", weights=None, image_size=32)  # what imports lazily is imported before the forks
     references: dict[tuple[str, int, int], Path] = {}
     wanted = CELLS if kills >= len(CELLS) else [CELLS[7], CELLS[9]]
-    for modality, _, accumulation, world in wanted:
+    phased = PHASED if phase_kills > 9 else PHASED[1:] if phase_kills else []
+    for modality, _, accumulation, world in [*(wanted if kills else []), *phased]:
         key = (modality, accumulation, world)
         if key not in references:
             references[key] = folder / "-".join(map(str, ("reference", *key)))
             cell = (modality, 0, accumulation, world)
             run(cell, config(folder, *cell), references[key], Path(f"{references[key]}-seen"))
     steps = {k: load_checkpoint(p / "checkpoints" / "last.ckpt")["global_step"] for k, p in references.items()}
-    for number, (cell, kill) in enumerate(plan(kills, steps)):
+    points = [p for cell in phased for p in phase_plan(cell, references[cell[0], cell[2], cell[3]])]
+    if phase_kills < len(points):
+        points = random.Random(20261124).sample(points, phase_kills)
+    for number, (cell, kill) in enumerate([*plan(kills, steps), *points]):
         started = time.monotonic()
         mine = folder / f"killed-{number}"
         reference = references[cell[0], cell[2], cell[3]]
@@ -264,5 +299,8 @@ def everything(folder: Path, kills: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
-    program = sequences if sys.argv[3:] == ["sequences"] else everything
-    program(where, int(sys.argv[2]) if len(sys.argv) > 2 else len(CELLS) + 4)
+    kills = int(sys.argv[2]) if len(sys.argv) > 2 else len(CELLS) + 4
+    if sys.argv[3:] == ["sequences"]:
+        sequences(where, kills)
+    else:
+        everything(where, kills, int(sys.argv[3]) if len(sys.argv) > 3 else 0)

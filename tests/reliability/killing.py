@@ -5,6 +5,7 @@ They are configured by environment variables, so that the run's config, and with
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,15 +18,29 @@ __all__ = ["KillAt", "Seen"]
 
 
 class Seen(Callback):
-    """Appends the sample ids of every micro-batch to a file of this process."""
+    """Appends to a file of this process the sample ids of every micro-batch, and what each optimizer step is done with:
+    ``requires_grad`` of every parameter, the mode of every module, every group's learning rate.
+    """
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        micro = batch_idx % trainer.accumulate_grad_batches
+        self._note(trainer, [trainer.global_step, micro, batch.sample_ids.tolist()])
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        state = [
+            [n for n, p in pl_module.named_parameters() if p.requires_grad],
+            [n for n, m in pl_module.named_modules() if m.training],
+            [g["lr"] for g in optimizer.param_groups],
+        ]
+        digest = hashlib.sha256(repr(state).encode()).hexdigest()
+        self._note(trainer, [trainer.global_step, "trains", digest])
+
+    def _note(self, trainer: Any, line: list[Any]) -> None:
         folder = Path(os.environ["SEEN"])
         folder.mkdir(parents=True, exist_ok=True)
         leg = "-".join(trainer.datamodule.roles["target"]) or "source"
         with (folder / f"{leg}-{trainer.global_rank}.jsonl").open("a") as file:
-            micro = batch_idx % trainer.accumulate_grad_batches
-            file.write(json.dumps([trainer.global_step, micro, batch.sample_ids.tolist()]) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 class KillAt(Callback):

@@ -39,11 +39,11 @@ def kill_and_resume(folder: Path, kills: int, timeout: float, *program: str) -> 
     return rows
 
 
-def test_two_kills(tmp_path: Path) -> None:
-    """One vision run of two processes with workers and accumulation; one text run of two processes."""
-    rows = kill_and_resume(tmp_path, 2, 400)
-    assert len(rows) == 2
-    assert [row["difference"] for row in rows] == [None, None]
+def test_four_kills(tmp_path: Path) -> None:
+    """Vision on two processes with workers and accumulation, text on two processes, and two in phases."""
+    rows = kill_and_resume(tmp_path, 2, 500, "2")
+    assert len(rows) == 4
+    assert [row["difference"] for row in rows] == [None] * 4
 
 
 @pytest.mark.soak
@@ -75,6 +75,20 @@ def test_fifteen_kills_in_sequences(tmp_path: Path) -> None:
         print(row)
     assert len(rows) == 15
     assert {row["kill"].split("/")[0] for row in rows} == {"source", "two", "three"}
+    assert [row for row in rows if row["difference"] is not None] == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_kills_in_every_phase(tmp_path: Path) -> None:
+    """Gradual unfreezing by every policy: weights, buffers, moments, rates, ``requires_grad``, modes; on 1x1 and 2x2.
+
+    In each of the four phases a kill within an epoch and one at an epoch's beginning, and one where a phase begins.
+    """
+    rows = kill_and_resume(tmp_path, 0, 3500, "18")
+    for row in rows:
+        print(row)
+    assert len({(*row["cell"], row["kill"]) for row in rows}) == 18
     assert [row for row in rows if row["difference"] is not None] == []
 
 

@@ -7,6 +7,7 @@ from crossft.callbacks.adaptation.cdan import CDAN
 from crossft.callbacks.adaptation.cmd import CMD
 from crossft.callbacks.adaptation.coral import CORAL
 from crossft.callbacks.adaptation.dann import DANN
+from crossft.callbacks.adaptation.domain_mixup import DomainMixup
 from crossft.callbacks.adaptation.entropy import EntropyMinimization
 from crossft.callbacks.adaptation.fishr import Fishr
 from crossft.callbacks.adaptation.group_dro import GroupDRO
@@ -38,6 +39,7 @@ __all__ = [
     "MDD",
     "MMD",
     "SWAD",
+    "DomainMixup",
     "EntropyMinimization",
     "Fishr",
     "GroupDRO",

@@ -1,5 +1,6 @@
-"""Never compute twice: what a frozen prefix of the backbone makes of a sample is stored and read back."""
+"""Never compute twice, nor slower than need be: stored outputs of a frozen prefix, and a compiled backbone."""
 
+from crossft.callbacks.caching.compiled import Compile
 from crossft.callbacks.caching.prefix import PrefixCache
 
-__all__ = ["PrefixCache"]
+__all__ = ["Compile", "PrefixCache"]

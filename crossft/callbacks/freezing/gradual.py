@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class GradualUnfreezing(Callback):
         every: or: length and policies of phases that thaw the backbone stage by stage, from the head down.
         first: with ``every``: stages that train in the first phase (0: the head alone).
         by: with ``every``: stages that thaw at each change.
-        monitor: validation metric (or another that is logged by then, as a domain gap) that ``patience`` and
+        monitor: validation metric, or ``gap/val/mmd`` of ``DomainGap``, that ``patience`` and
             ``restore_best`` follow. Every phase begins with a best value and a count of its own.
         mode: ``max`` where more is better, else ``min``.
         min_delta: smallest change that counts as an improvement.
@@ -121,6 +122,12 @@ class GradualUnfreezing(Callback):
         refuse_unwrappable(trainer, self.name)
         self._start_over()
         self._task, self.plan = pl_module, self.plan_for(pl_module)
+        sharded = isinstance(getattr(trainer, "strategy", None), ModelParallelStrategy)
+        if sharded and any(phase.restore_best for phase in self.plan):
+            raise ConfigError(
+                f"methods.{self.name}: restore_best keeps whole weights, and trainer.strategy=ModelParallelStrategy "
+                "cuts them over the processes; set restore_best: false, or use trainer.strategy=ddp"
+            )
         if sum(phase.share or 0.0 for phase in self.plan) == 0 and all(p.epochs for p in self.plan[:-1]):
             self._check_epochs(trainer)
         pl_module.schedule = Phased(getattr(pl_module.schedule, "base", pl_module.schedule))

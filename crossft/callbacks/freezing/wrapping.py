@@ -6,7 +6,13 @@ import gc
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import distributed as dist
 from torch import nn
 
@@ -38,14 +44,16 @@ def refuse_unwrappable(trainer: Trainer | None, method: str) -> None:
     """Refuse strategies in which the set of trainable parameters cannot change within a fit.
 
     Raises:
-        ConfigError: the trainer's strategy is none of one device and DDP.
+        ConfigError: the trainer's strategy is none of one device, DDP and FSDP2 (``ModelParallelStrategy``).
     """
     refuse_fused(trainer, method)
     strategy = getattr(trainer, "strategy", None)
-    if strategy is not None and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+    if strategy is not None and not isinstance(strategy, known):
         raise ConfigError(
             f"trainer.strategy={type(strategy).__name__} cannot change what trains within a fit for methods.{method}: "
-            "only one device and ddp are known to keep all processes equal; use one of them, or freeze once"
+            "only one device, ddp and ModelParallelStrategy are known to keep all processes equal; use one of them, or "
+            "freeze once"
         )
 
 
@@ -54,7 +62,8 @@ def rewrap(trainer: Trainer, task: Task) -> None:
 
     The reducer registers the parameters that train when DDP wraps, and never others: what thaws later is not
     all-reduced, and the processes drift apart without a word. Wrapping broadcasts the first process's weights, which
-    would hide a drift that is there already, so the processes are compared before. Nothing happens without DDP.
+    would hide a drift that is there already, so the processes are compared before. Nothing happens without DDP: FSDP2
+    reduces whatever has a gradient, and each process holds a slice, so there is nothing to compare.
 
     Raises:
         TrainingError: the processes do not hold the same weights.

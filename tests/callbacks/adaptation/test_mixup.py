@@ -7,7 +7,7 @@ import torch
 from steps import make_task
 from torch.nn import functional as F
 
-from crossft.callbacks.adaptation import InterDomainMixup
+from crossft.callbacks.adaptation import DomainMixup, InterDomainMixup
 from crossft.errors import ConfigError
 from crossft.types import Batch, TextSpec
 
@@ -122,3 +122,57 @@ def test_text_and_bad_settings_are_refused() -> None:
         InterDomainMixup(alpha=0)
     with pytest.raises(ConfigError, match="the run has 1"):
         InterDomainMixup().build(make_task())
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_rows_of_one_domain_are_mixed_and_the_objective_is_the_published_one(kind: str) -> None:
+    task = make_task(ROLES, label_smoothing=0.1)
+    term = DomainMixup(kind=kind, alpha=1.0).build(task)
+    batch = batch_of(step=3)
+    new = term.transform(batch)
+    old, pixels = batch.inputs["pixel_values"], new.inputs["pixel_values"]
+    step = task.model_step(new)
+    objective = step.per_sample_loss.sum() / 5 + term(step, task)
+    z, expected, mixed = step.logits["photo"], torch.zeros(()), 0
+    partners = {0: 7, 3: 0, 7: 3, 1: 5, 5: 1}  # the row before it among the labeled rows of its domain
+    for i in range(8):
+        if i not in partners:
+            assert torch.equal(pixels[i], old[i])  # unlabeled, or padding
+            continue
+        j, share = partners[i], 0.0
+        if kind == "mixup":
+            found, lam = partner_of(old, pixels, i)
+            assert found == j
+        else:
+            own = (pixels[i] == old[i]).all(0)
+            assert ((pixels[i] == old[j]).all(0) | own).all()
+            lam = float(own.float().mean())
+        mixed += lam < 1
+        for share, label in ((lam, TARGETS[i]), (1 - lam, TARGETS[j])):
+            expected = expected + share * F.cross_entropy(z[[i]], label[None], label_smoothing=0.1) / 5
+    assert mixed
+    assert torch.allclose(objective, expected, atol=1e-5)
+    assert new.keys == ()
+
+
+def test_domain_mixup_draws_by_step_leaves_generators_alone_and_names_bad_settings() -> None:
+    state = torch.get_rng_state()
+    first, again, other = (
+        DomainMixup(kind="cutmix", alpha=1.0).build(make_task(ROLES)).transform(batch_of(step)) for step in (3, 3, 4)
+    )
+    assert torch.equal(first.inputs["pixel_values"], again.inputs["pixel_values"])
+    assert not torch.equal(first.inputs["pixel_values"], other.inputs["pixel_values"])
+    term = DomainMixup(alpha=1.0).build(make_task(ROLES))
+    torch.set_rng_state(state)
+    expected = torch.rand(1)
+    torch.set_rng_state(state)
+    term.transform(batch_of())
+    assert torch.equal(torch.rand(1), expected)
+    with pytest.raises(ConfigError, match="'blend' is unknown; allowed: mixup, cutmix"):
+        DomainMixup(kind="blend")
+    with pytest.raises(ConfigError, match="alpha=0"):
+        DomainMixup(alpha=0)
+    task = make_task(ROLES)
+    task.backbone.input_spec = TextSpec(None, 8)
+    with pytest.raises(ConfigError, match="token ids cannot be mixed"):
+        DomainMixup().build(task)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from backbones.tiny_models import images, noised, tiny_text, tiny_timm, tokens
 from tiny import TinyVision
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from crossft.callbacks.freezing import Freeze
+from crossft.backbones import Adapted
+from crossft.callbacks.freezing import Freeze, GradualUnfreezing, Phase
 from crossft.callbacks.freezing.selection import Selection
 from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.tasks import Classification
@@ -96,36 +100,79 @@ def test_the_check_sees_parameters_gradients_and_modes() -> None:
         check()
 
 
-STRATEGIES = [{"train_last": 0}, {"train_last": 1}, {"kinds": ["norm"]}, {"kinds": ["bias"]}, {}]
 VISION = ["test_efficientnet", "test_resnet", "test_vit", "test_convnext", "swin_tiny_patch4_window7_224"]
+TEXT = ["bert", "distilbert", "roberta", "deberta-v2"]
 
 
-@pytest.mark.parametrize("name", [*VISION, "bert", "distilbert", "roberta", "deberta-v2"])
-def test_trainable_is_has_a_gradient_is_moved(name: str, tmp_path: Path) -> None:
-    """On shipped families: frozen features do not change in training mode, and only what trains moves."""
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one, so that DDP says what its reducer holds."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def strategies(task: Classification) -> dict[str, Selection]:
+    """Every shipped strategy: what it trains, phase by phase."""
+    names = [s.name for s in task.backbone.stages]
+    chosen = {
+        "probe": Selection(train_last=0),
+        "last-stages": Selection(train_last=2),
+        "by name": Selection(train=[names[1]]),
+        "by pattern": Selection(match=["re:weight$"]),
+        "norm": Selection(kinds=["norm"]),
+        "bitfit": Selection(kinds=["bias"]),
+        "last norms": Selection(kinds=["norm"], train_last=2, combine="all"),
+        "all but": Selection(freeze=["*.bias"]),
+    }
+    for name, method in {
+        "ulmfit": GradualUnfreezing(every=Phase(epochs=1), first=1),
+        "lp-ft": GradualUnfreezing([Phase(train_last=0, share=0.3), Phase()]),
+        "gradual": GradualUnfreezing(every=Phase(patience=1), by=2, monitor="target/val/loss"),
+    }.items():
+        chosen |= {f"{name}/{i}": phase for i, phase in enumerate(method.plan_for(task))}
+    return chosen
+
+
+def one_step(task: Classification, inputs: dict, expected: frozenset[str], label: str) -> None:
+    """Trainable, seen by the reducer, with a gradient, and moved are the same parameters; no frozen buffer moves."""
+    parameters = dict(task.named_parameters())
+    optimizer = torch.optim.AdamW(task.named_groups(), lr=1e-2, weight_decay=0.1)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in parameters.values()}
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    frozen = [s for s in task.backbone.stages if s.name in task.frozen_stages]
+    held = [b for s in frozen for m in s.modules for b in m.buffers()]
+    buffers = [b.clone() for b in held]
+    wrapped = DistributedDataParallel(task)
+    trains = {f"backbone.{n}" for n in expected} | {f"heads.{n}" for n, _ in task.heads.named_parameters()}
+    assert wrapped._get_ddp_logging_data()["num_parameter_tensors"] == len(trains), label
+    torch.manual_seed(0)
+    logits = wrapped(inputs)
+    (logits * torch.randn(logits.shape)).sum().backward()
+    assert {n for n, p in parameters.items() if p.grad is not None} == trains, label
+    optimizer.step()
+    assert {n for n, p in parameters.items() if not torch.equal(p, before[n])} == trains, label
+    assert all(torch.equal(a, b) for a, b in zip(held, buffers, strict=True)), label
+    check_trainability(task.backbone, task.frozen_stages, expected)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", [*VISION, *TEXT])
+def test_trainable_is_reduced_is_has_a_gradient_is_moved(name: str, tmp_path: Path, one_process: None) -> None:
+    """On shipped families and strategies: only what trains moves, and frozen features are the same in training mode."""
     backbone = tiny_timm(name) if name in VISION else tiny_text(name, tmp_path / name)
     noised(backbone)  # zero-initialized branches have zero gradients
     inputs = images(backbone, 2) if name in VISION else tokens(2)
     task = Classification(backbone, DOMAINS, batchnorm="frozen").train()
-    for choice in STRATEGIES:
-        expected = Selection(**choice).apply(task)
-        parameters = dict(task.named_parameters())
-        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.1)
-        before = {n: p.detach().clone() for n, p in parameters.items()}
-        torch.manual_seed(0)
-        features = backbone(inputs).features
-        (features * torch.randn(features.shape)).sum().add(task.heads["photo"](features).square().sum()).backward()
-        graded = {n for n, p in parameters.items() if p.grad is not None}
-        optimizer.step()
-        moved = {n for n, p in parameters.items() if not torch.equal(p, before[n])}
-        trains = {f"backbone.{n}" for n in expected} | {f"heads.{n}" for n, _ in task.heads.named_parameters()}
-        assert graded == trains, choice
-        assert moved == trains, choice
-        check_trainability(backbone, task.frozen_stages, expected)
-        optimizer.zero_grad()
+    for label, choice in strategies(task).items():
+        one_step(task, inputs, choice.apply(task), label)
     Selection(train_last=0).apply(task)
     assert not any(m.training and "drop" in type(m).__name__.lower() for m in backbone.modules())
     assert torch.equal(backbone(inputs).features, backbone(inputs).features)
+    adapted = Classification(Adapted(backbone, rank=2), DOMAINS, batchnorm="frozen").train()
+    for phase in (Selection(kinds=["adapter"]), Selection(kinds=["adapter"], train_last=2, combine="all"), Selection()):
+        one_step(adapted, inputs, phase.apply(adapted), f"lora {phase}")
 
 
 @pytest.mark.parametrize("how", ["checkpointed", "compiled"])

@@ -7,11 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from test_gradual import Trace, fit
 from tiny import TinyVision, image_domains
 
 from crossft.callbacks.freezing import GradualUnfreezing, Phase
+from crossft.callbacks.freezing.selection import Selection
 from crossft.callbacks.monitoring import Ledger, ledger_rows
+from crossft.cli.costs import full_cost, step_cost
 from crossft.cli.curves import draw_rates, dry_rates
 from crossft.optim import Cosine
 from crossft.tasks import Classification
@@ -95,3 +98,20 @@ def test_rows_of_a_task_as_it_is() -> None:
         ("last", 3e-4, True),
         ("head.photo", pytest.approx(9e-4), True),
     ]
+
+
+def test_the_cost_of_a_step_counts_what_the_backward_pass_reaches() -> None:
+    """A linear layer a -> b costs 2ab a row, forward, for its weight's gradient, and for its input's."""
+    task = Classification(TinyVision(batchnorm=True), [Domain("photo", "source", labels=("a", "b"))]).train()
+    state = {k: v.clone() for k, v in task.state_dict().items()}
+    stem, inner, head = 2 * 192 * 12, 2 * 12 * 12, 2 * 12 * 2
+    forward = stem + 2 * inner + head
+    full = (forward, forward + 2 * inner + head)  # the first layer needs no gradient of its input
+    expected = {0: head, 1: head + inner + head, 2: head + 2 * inner + inner + head, 3: full[1]}
+    for depth, backward in expected.items():
+        Selection(train_last=depth).apply(task)
+        assert full_cost(task) == full
+        assert step_cost(task) == (forward, backward), depth
+    assert all(torch.equal(v, state[k]) for k, v in task.state_dict().items())
+    assert task.training
+    assert all(p.grad is None for p in task.parameters())

@@ -1,0 +1,50 @@
+"""What a training step costs, phase by phase, counted before any training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossft.tasks import Task
+from crossft.types import ImageSpec
+
+__all__ = ["full_cost", "step_cost"]
+
+
+def step_cost(task: Task) -> tuple[int, int]:
+    """FLOPs of the forward and the backward pass of one row, as the task trains now.
+
+    Matrix products, convolutions and attention are counted as they run (``torch.utils.flop_counter``), on an input of
+    the backbone's full size; element-wise work, the optimizer and the attached terms are not. Weights, buffers and
+    generators stay as they are.
+    """
+    training = task.training
+    task.eval()
+    head = next(iter(task.heads.values()))
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        value = head(task.backbone(_one_row(task)).features).sum()
+        forward = counter.get_total_flops()
+        value.backward()
+    for parameter in task.parameters():
+        parameter.grad = None
+    task.train(training)
+    return forward, counter.get_total_flops() - forward
+
+
+def full_cost(task: Task) -> tuple[int, int]:
+    """The same where every parameter of the backbone trains; what trains is as before afterwards."""
+    before = [(p, p.requires_grad) for p in task.backbone.parameters()]
+    task.backbone.requires_grad_(True)
+    cost = step_cost(task)
+    for parameter, trains in before:
+        parameter.requires_grad_(trains)
+    return cost
+
+
+def _one_row(task: Task) -> dict[str, Tensor]:
+    spec = task.backbone.input_spec
+    if isinstance(spec, ImageSpec):
+        return {"pixel_values": torch.zeros(1, spec.channels, *spec.size)}
+    ids = torch.zeros(1, spec.max_length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
