@@ -134,7 +134,8 @@ class TorchDatasets(Reader):
         labels: list[Any] = []
         problems: dict[int, str] = {}
         for i in range(len(items)):
-            value = label = None
+            value: Any = None
+            label: Any = None
             try:
                 value, label = items[i][:2]
             except Exception as error:  # whatever the data set raises on this item
