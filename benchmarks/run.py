@@ -24,10 +24,10 @@ RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
     "step": ("A step's own cost", "step_overhead.py --pairs 20 --steps 400"),
     "start": ("Start to the first step", "start.py --pairs 3"),
-    "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 512 --texts 224 --rounds 2 --wall"),
-    "peers": ("Beside the peers", "peers.py --steps 4 --rounds 2 --starts 0 --wall"),
+    "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 512 --texts 224 --rounds 2"),
+    "peers": ("Beside the peers", "peers.py --steps 4 --rounds 2 --starts 0"),
     "memory": ("Start-up and memory beside the peers", "peers.py --steps 0 --starts 1"),
-    "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2 --wall"),
+    "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2"),
     "importance": ("Importance and penalties", "importance.py"),
 }
 HEAD = """# Benchmarks
@@ -42,7 +42,7 @@ def section(name: str) -> str:
     title, command = SECTIONS[name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(":")
-    start = time.perf_counter()
+    load, start = os.getloadavg()[0], time.perf_counter()
     script, *rest = shlex.split(command)
     lines = []
     with subprocess.Popen(
@@ -63,7 +63,8 @@ def section(name: str) -> str:
     verdict = "" if process.returncode == 0 else " — a bound does not hold"
     today = datetime.datetime.now(datetime.UTC).date()
     return (
-        f"## {name}: {title}{verdict}\n\n{today}, {took:.0f} s. {machine()}\n\n    python benchmarks/{command}\n\n"
+        f"## {name}: {title}{verdict}\n\n{today}, {took:.0f} s, load {load:.1f} before. {machine()}\n\n"
+        f"    python benchmarks/{command}\n\n"
         f"```\n{printed}\n```\n"
     )
 
