@@ -9,7 +9,7 @@ import pytest
 import torch
 from backbones.tiny_models import images, noised, tiny_text, tiny_timm, tokens
 
-from crossft.backbones import Adapted, Backbone, Timm, Transformer
+from crossft.backbones import Adapted, Backbone, Timm
 from crossft.backbones.base import check_partition
 from crossft.callbacks.freezing.selection import Selection
 from crossft.errors import ConfigError, StageError
@@ -55,13 +55,13 @@ def test_adapters_start_as_identity_train_alone_and_merge(name: str, kind: str, 
     assert merged.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "bert"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_export_is_the_plain_model_with_the_adapters_merged_in(name: str, tmp_path: Path) -> None:
     plain, inputs = build(name, tmp_path)
     net = noised(Adapted(plain, rank=2, alpha=4)).eval()
     expected = net(inputs).features
     folder = net.export(tmp_path / "out")
-    other = Transformer(str(folder)) if name == "bert" else Timm(str(folder))
+    other = Timm(str(folder))
     assert not any("lora" in key for key in other.state_dict())
     torch.testing.assert_close(other.eval()(inputs).features, expected, atol=1e-4, rtol=1e-4)
 

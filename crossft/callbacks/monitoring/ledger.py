@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from crossft.backbones import batch_norms
 from crossft.runs import RunFolder, write_atomic
@@ -51,7 +50,7 @@ def ledger_rows(task: Task, groups: Iterable[Mapping[str, Any]], phase: int = 0,
 
 
 class Ledger(Callback):
-    """Writes ``ledger.csv`` when training starts and at every phase change, and logs it to W&B as the table ``ledger``.
+    """Writes ``ledger.csv`` when training starts and at every phase change.
 
     Its rows are in the checkpoint, so that a resumed run writes the ledger of the run that was never stopped. It
     stands after the methods among the callbacks, so that it sees a phase as it has begun.
@@ -82,10 +81,6 @@ class Ledger(Callback):
             writer.writeheader()
             writer.writerows(self.rows)
             write_atomic(self.path, text.getvalue())
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    table = [[row[column] for column in COLUMNS] for row in self.rows]
-                    logger.log_table("ledger", columns=list(COLUMNS), data=table)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""
