@@ -203,10 +203,12 @@ class Leg:
         """What BatchNorm's statistics have to do with what was forgotten, where they moved; ``batchnorm.json``."""
         if not self.settings.config.diagnose or self.init is None or not before:
             return {}
-        confusions = dict(task.evaluation.confusion_matrices)
+        seen = task.evaluation
+        confusions, bins = dict(seen.confusion_matrices), dict(seen.calibration_bins)
         again = partial(measure, self.settings, task, self.data)
         found = diagnose(task, self.data, self.init, chosen, before, after, again)
-        task.evaluation.confusion_matrices.update(confusions)
+        seen.confusion_matrices.update(confusions)
+        seen.calibration_bins.update(bins)
         if found and self.launch.first:
             write_json(self.folder.path / "batchnorm.json", {name: asdict(d) for name, d in found.items()})
         return found

@@ -87,7 +87,10 @@ def test_export_gives_equal_outputs_after_reload(finished: Path, tmp_path: Path)
     task = open_run("test", [str(finished)]).task
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(plain(pixels), task.backbone({"pixel_values": pixels}).features)
+        # another memory layout takes other kernels: equal to rounding
+        torch.testing.assert_close(
+            plain(pixels), task.backbone({"pixel_values": pixels}).features, atol=1e-5, rtol=1e-5
+        )
     from safetensors.torch import load_file
 
     heads = load_file(tmp_path / "plain" / "heads.safetensors")
@@ -113,7 +116,7 @@ def test_inspect_counts_parameters_and_what_trains(config: Path, capsys) -> None
 
 
 NO_PAPER = {
-    "methods": {"Freeze", "PrefixCache", "RankSentinel"},
+    "methods": {"Compile", "Freeze", "PrefixCache", "RankSentinel"},
     "backbones": set(),
     "tasks": {"Classification", "Regression"},
 }

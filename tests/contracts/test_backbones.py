@@ -132,8 +132,8 @@ def test_a_gradient_reaches_every_parameter(build: Build, name: str) -> None:
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_gradients_from_a_stage_equal_the_full_ones(build: Build, name: str) -> None:
-    net = build(name).eval()
-    inputs = inputs_of(net)
+    net = build(name).eval().double()  # so that kernels and layouts do not count
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs_of(net).items()}
     names = [s.name for s in net.stages]
     start = names[len(names) // 2]
     later = [p for s in net.stages[names.index(start) :] for p in s.parameters()]

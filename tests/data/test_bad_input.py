@@ -127,13 +127,6 @@ CASES: dict[str, Case] = {
         DataError,
         r"cat/001\.png: unreadable image",
     ),
-    "image without a conversion to RGB": (
-        lambda root: Image.new("LAB", (8, 8)).save(root / "photo/cat/001.tif"),
-        {"target": I},
-        prepare,
-        DataError,
-        r"cat/001\.tif: unreadable image: conversion from LAB to RGB not supported",
-    ),
     "empty image file": (
         write("photo/cat/001.png", ""),
         {"target": I},

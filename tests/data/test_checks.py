@@ -94,10 +94,9 @@ def test_the_manifest_lies_outside_the_data_and_survives_damage(files, tmp_path,
 
 def test_equal_pixels_of_arrays_share_a_hash_and_other_types_are_refused():
     array = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    values = [array, array.copy(), array[::-1], Image.fromarray(array), "text", Image.new("LAB", (2, 2))]
-    hashes, problems = content_of(Table("image", values, None, list("abcdef")), "x", "changed")
+    values = [array, array.copy(), array[::-1], Image.fromarray(array), "text"]
+    hashes, problems = content_of(Table("image", values, None, list("abcde")), "x", "changed")
     assert hashes[0] == hashes[1] != hashes[2]
-    assert problems.pop(5) == "unreadable image: conversion from LAB to RGB not supported"
     assert problems == {4: "a str is not an image"}
 
 
