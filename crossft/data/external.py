@@ -115,7 +115,7 @@ class TorchDatasets(Reader):
         datasets: domain name -> data set, as ``{class_path, init_args}`` in a config.
     """
 
-    def __init__(self, datasets: dict[str, Dataset[Any]]) -> None:
+    def __init__(self, datasets: dict[str, Dataset]) -> None:  # type: ignore[type-arg]  # jsonargparse: no generics
         self.datasets = datasets
 
     def domains(self, root: Path) -> list[str]:

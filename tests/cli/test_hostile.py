@@ -115,7 +115,7 @@ def test_a_torch_data_set_of_ones_own_needs_allow(config: Path, tmp_path: Path) 
     item = {"class_path": "interrupting.Noise", "init_args": {"seed": 3}}
     reader = {"class_path": "crossft.data.TorchDatasets", "init_args": {"datasets": {"noise": item}}}
     words = [f"--config={config}", "--data.root=.", "--data.target=noise", f"--data.reader={json.dumps(reader)}"]
-    with pytest.raises(ConfigError):
+    with pytest.raises(UnsafeConfigError, match="--allow interrupting"):
         Settings(words)
     data = Settings([*words, "--allow=interrupting"]).build("data").data
     data.prepare()
