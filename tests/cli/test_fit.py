@@ -201,9 +201,10 @@ def test_a_terminal_shows_a_bar_with_the_metrics_that_matter(finished: Path, fit
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for name, value in (("TERM", "xterm"), ("COLUMNS", "200")):
         monkeypatch.setenv(name, value)
-    assert fit(tmp_path, f"--init={finished}", "--trainer.max_epochs=2", f"--run.dir={tmp_path / 'run'}") == 0
+    flags = [f"--init={finished}", "--trainer.log_every_n_steps=1"]
+    assert fit(tmp_path, *flags, "--trainer.max_epochs=2", f"--run.dir={tmp_path / 'run'}") == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
-    assert re.search(r"3/4 .*source/val/accuracy: \d\.\d{3}", shown), shown[-2000:]
+    assert re.search(r"Epoch 1/1 .*train/loss: \d\.\d{3}.*source/val/accuracy: \d\.\d{3}", shown), shown[-2000:]
     assert "v_num" not in shown
 
 

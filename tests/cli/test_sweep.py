@@ -75,9 +75,7 @@ def test_plan_measures_what_a_sweep_costs(study: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     minutes, seconds = re.search(r"left to do: (?:(\d+) min )?(\d+) s of runs", printed).groups()
     expected = 60 * int(minutes or 0) + int(seconds)
-    took = sum(RunFolder(run).summary()["seconds"] for run in (study.parent / "study").glob("*=*-s*"))
     assert expected > 0
-    assert took > 0
     assert not (study.parent / "other").exists()
 
 
