@@ -74,7 +74,7 @@ class Adapted(Backbone):
             )
             for plan in backbone._plans
         )
-        self.register_load_state_dict_pre_hook(_from_plain)
+        self.register_load_state_dict_pre_hook(_from_plain)  # type: ignore[no-untyped-call]
 
     @property
     def name(self) -> str:

@@ -258,7 +258,7 @@ def _checked_length(model: Any, max_length: int) -> int:
     if isinstance(positions, nn.Embedding):
         most = positions.num_embeddings
         if isinstance(getattr(embeddings, "padding_idx", None), int):
-            most -= embeddings.padding_idx + 1  # type: ignore[union-attr,operator]
+            most -= embeddings.padding_idx + 1  # type: ignore[union-attr]
         if max_length > most:
             raise BackboneError(f"max_length={max_length} is more than the model's {most} positions")
     return max_length

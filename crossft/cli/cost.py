@@ -70,7 +70,8 @@ def seconds_of(settings: Settings, data: DomainData, before: bool) -> float:
             measure(settings, task, data, split)
         took[split] = time.monotonic() - since
     validations = total / data.steps_per_epoch / (config.trainer.check_val_every_n_epoch or 1) + 1
-    return start + each * total + took["val"] * validations + took["test"] * (1 + before)
+    found: float = start + each * total + took["val"] * validations + took["test"] * (1 + before)
+    return found
 
 
 def _cost(line: list[str], allow: list[str]) -> dict[str, Any]:

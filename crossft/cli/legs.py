@@ -224,7 +224,8 @@ class Chain:
         config = self.settings.config
         if config.run.dir is not None:
             return Path(config.run.dir)
-        return Path(config.run.root) / config.experiment / run_id(config.arm, config.seed_everything, digest)
+        found: Path = Path(config.run.root) / config.experiment / run_id(config.arm, config.seed_everything, digest)
+        return found
 
     def _create(self, settings: Settings, path: Path, digest: str, data: DomainData, parent: str | None) -> RunFolder:
         config = settings.config

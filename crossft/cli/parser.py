@@ -232,7 +232,8 @@ class Settings(LightningCLI):
         for key in keys:
             part[key] = self.config[key]
         try:
-            return self.parser.instantiate(part, instantiate_groups="data" in keys)
+            found: Namespace = self.parser.instantiate(part, instantiate_groups="data" in keys)
+            return found
         except ValueError as error:
             cause: BaseException = error
             while cause.__cause__ is not None:

@@ -30,7 +30,7 @@ class ProgressBar(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(theme=RichProgressBarTheme(metrics_format=".3f"))
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Only the metrics that matter."""
         return dict(important(pl_module, trainer.callback_metrics)) if isinstance(pl_module, Task) else {}
 

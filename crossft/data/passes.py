@@ -70,7 +70,7 @@ def one_pass(data: DomainData, rows: dict[int, NDArray[np.int64]], batch_size: i
     """
     size = batch_size or data.eval_batch_size
     for loader in eval_loaders(data.dataset, list(rows.items()), size, 0, *place(data.trainer)):
-        yield from loader  # type: ignore[misc]
+        yield from loader
 
 
 def batch_of(data: DomainData, rows: Sequence[int], domain: int) -> Batch:

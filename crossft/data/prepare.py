@@ -65,7 +65,8 @@ class Prepared:
 
 def first_rows(prepared: Sequence[Prepared]) -> list[int]:
     """Dataset row of each domain's first row, where the domains stand one after the other."""
-    return np.cumsum([0, *(len(p.ids) for p in prepared[:-1])]).tolist()
+    found: list[int] = np.cumsum([0, *(len(p.ids) for p in prepared[:-1])]).tolist()
+    return found
 
 
 def prepare(

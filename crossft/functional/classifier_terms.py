@@ -48,7 +48,8 @@ def batch_nuclear_norm(logits: Tensor) -> Tensor:
     Args:
         logits: [b, k].
     """
-    return torch.linalg.svdvals(F.softmax(logits, 1)).sum() / max(1, len(logits))
+    found: Tensor = torch.linalg.svdvals(F.softmax(logits, 1)).sum() / max(1, len(logits))
+    return found
 
 
 def classifier_discrepancy(first: Tensor, second: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def central_moment_discrepancy(x: Tensor, y: Tensor, moments: int = 5, width: fl
     if min(len(x), len(y)) < 1:
         return x.sum() * 0.0 + y.sum() * 0.0
     mean_x, mean_y = x.mean(0), y.mean(0)
-    distance = torch.linalg.vector_norm(mean_x - mean_y) / width
+    distance: Tensor = torch.linalg.vector_norm(mean_x - mean_y) / width
     for k in range(2, moments + 1):
         difference = (x - mean_x).pow(k).mean(0) - (y - mean_y).pow(k).mean(0)
         distance = distance + torch.linalg.vector_norm(difference) / width**k

@@ -43,13 +43,13 @@ def _gathered(value: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, sizes: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, sizes: tuple[int, ...]) -> Tensor:
         rank = dist.get_rank()
         ctx.start, ctx.length, ctx.world = sum(sizes[:rank]), sizes[rank], len(sizes)
         return _gathered(value.detach(), sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[ctx.start : ctx.start + ctx.length] * ctx.world, None
 
 
@@ -70,11 +70,11 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         total = value.detach().clone()
         dist.all_reduce(total)
         return total / dist.get_world_size()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad

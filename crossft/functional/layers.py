@@ -80,7 +80,7 @@ def _columns(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
     if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0):
         return x.flatten(2)
     x, padding = _padded(layer, x, g)
-    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # type: ignore[arg-type]
+    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
 
 
 def _grouped(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def _correlated(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
     own = F.conv2d(
         x.reshape(1, channels, *x.shape[2:]),
         g.reshape(channels, 1, *g.shape[2:]),
-        padding=padding,  # type: ignore[arg-type]
+        padding=padding,
         stride=layer.dilation,
         dilation=layer.stride,
         groups=channels,

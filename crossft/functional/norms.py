@@ -15,7 +15,8 @@ def spectral_penalty(features: Tensor, k: int = 1) -> Tensor:
         features: [b, d].
         k: how many; all where the matrix has fewer.
     """
-    return torch.linalg.svdvals(features)[:k].square().sum()
+    found: Tensor = torch.linalg.svdvals(features)[:k].square().sum()
+    return found
 
 
 def stepwise_norm(features: Tensor, step: float = 1.0) -> Tensor:
@@ -28,4 +29,5 @@ def stepwise_norm(features: Tensor, step: float = 1.0) -> Tensor:
         step: Delta r.
     """
     norms = torch.linalg.vector_norm(features, dim=1)
-    return (norms.detach() + step - norms).square()
+    found: Tensor = (norms.detach() + step - norms).square()
+    return found

@@ -21,7 +21,7 @@ class _Reverse(torch.autograd.Function):
         ctx.strength = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * -ctx.strength, None
 
 
@@ -38,7 +38,8 @@ def reverse_gradient(x: Tensor, strength: float) -> Tensor:
         >>> x.grad
         tensor([-0.5000, -0.5000])
     """
-    return _Reverse.apply(x, strength)
+    found: Tensor = _Reverse.apply(x, strength)
+    return found
 
 
 def adversarial_strength(progress: float, gamma: float = 10.0) -> float:

@@ -40,7 +40,8 @@ def information_maximization(logits: Tensor) -> Tensor:
         logits: [n, k].
     """
     marginal = F.softmax(logits, 1).mean(0)
-    return torch.special.entr(marginal).sum() - entropy(logits).mean()
+    found: Tensor = torch.special.entr(marginal).sum() - entropy(logits).mean()
+    return found
 
 
 def soft_neighborhood_density(logits: Tensor, temperature: float = 0.05) -> Tensor:

@@ -25,4 +25,5 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     """
     x, y = (t.double() - t.double().mean(0) for t in (x, y))
     gram_x, gram_y = x @ x.T, y @ y.T  # [n, n]: the same norms as of [d, d], and smaller for few rows
-    return (gram_x * gram_y).sum() / (torch.linalg.matrix_norm(gram_x) * torch.linalg.matrix_norm(gram_y))
+    found: Tensor = (gram_x * gram_y).sum() / (torch.linalg.matrix_norm(gram_x) * torch.linalg.matrix_norm(gram_y))
+    return found

@@ -120,7 +120,8 @@ def calibration_error(bins: Tensor) -> Tensor:
         bins: [3, n_bins]: rows, sum of confidences, and sum of outcomes in each bin.
     """
     count, confidence, outcome = bins
-    return (confidence - outcome).abs().sum() / count.sum()
+    found: Tensor = (confidence - outcome).abs().sum() / count.sum()
+    return found
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -155,7 +156,8 @@ def pearson(preds: Tensor, targets: Tensor) -> Tensor:
     if _constant(preds) or _constant(targets):
         return targets.new_tensor(float("nan"))
     x, y = preds - preds.mean(), targets - targets.mean()
-    return ((x / x.norm()) @ (y / y.norm())).clamp(-1, 1)
+    found: Tensor = ((x / x.norm()) @ (y / y.norm())).clamp(-1, 1)
+    return found
 
 
 def spearman(preds: Tensor, targets: Tensor) -> Tensor:
@@ -167,4 +169,7 @@ def spearman(preds: Tensor, targets: Tensor) -> Tensor:
 
 def _twice_ranks(values: Tensor) -> Tensor:
     _, group, count = torch.unique(values, return_inverse=True, return_counts=True)
-    return (2 * count.cumsum(0) - count)[group].to(values.dtype if values.device.type == "mps" else torch.float64)
+    found: Tensor = (2 * count.cumsum(0) - count)[group].to(
+        values.dtype if values.device.type == "mps" else torch.float64
+    )
+    return found

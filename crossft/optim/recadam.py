@@ -70,7 +70,7 @@ class RecAdam(AdamW):
         return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, self.rate * (step - self.middle)))))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step."""
         loss = None
         if closure is not None:

@@ -88,7 +88,10 @@ class TrialStudy:
         """Number of trials so far; one that is tried again counts once."""
         trials = self.trials()
         waiting = sum(t.state.name == "WAITING" for t in trials)
-        return len(trials) - waiting - sum("retry_of" in t.user_attrs for t in trials if t.state.name != "WAITING")
+        found: int = (
+            len(trials) - waiting - sum("retry_of" in t.user_attrs for t in trials if t.state.name != "WAITING")
+        )
+        return found
 
     @property
     def left(self) -> bool:

@@ -131,7 +131,8 @@ class Task(LightningModule):
         if self.batchnorm == "per_domain":
             index = [d.name for d in self.domains].index(name)
             set_domains(self.backbone, torch.full((len(next(iter(inputs.values()))),), index, device=self.device))
-        return self.heads[self.head_keys[name]](self.backbone(inputs).features)
+        found: Tensor = self.heads[self.head_keys[name]](self.backbone(inputs).features)
+        return found
 
     def encode(self, batch: Batch, capture: Collection[str] = ()) -> Encoded:
         """Run the backbone over a batch; from stored values of its frozen prefix where a method keeps them."""

@@ -130,7 +130,8 @@ class PrefixCache(Callback):
     def encode(self, task: Task, batch: Batch, capture: Collection[str]) -> Encoded:
         """Run the backbone on a batch: the stages above the cut on stored values where there are any."""
         if not self._covers(task, batch):
-            return task.backbone(batch.inputs, capture=capture)
+            found: Encoded = task.backbone(batch.inputs, capture=capture)
+            return found
         self._watch(batch)
         state = (task.frozen_stages, task.training, task.current_epoch, self._versions())
         try:

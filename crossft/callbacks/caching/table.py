@@ -55,7 +55,8 @@ class Table:
     @property
     def marked(self) -> NDArray[np.bool_]:
         """[n] rows that have a checksum: stored, if their value is whole."""
-        return np.asarray(self._sums) != 0
+        found: NDArray[np.bool_] = np.asarray(self._sums) != 0
+        return found
 
     def size(self, slots: Ints) -> int:
         """Bytes that these rows take."""

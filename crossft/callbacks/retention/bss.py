@@ -34,7 +34,8 @@ class SpectralShrinkage(LossTerm):
         (rows,) = gather_rows(upcast(step.features)[step.rows(self.ids)])
         if len(rows) == 0:
             return step.features.sum() * 0.0
-        return torch.linalg.svdvals(rows)[-self.k :].square().sum()
+        found: Tensor = torch.linalg.svdvals(rows)[-self.k :].square().sum()
+        return found
 
 
 class BSS(MethodCallback):

@@ -52,7 +52,7 @@ class MixoutConv2d(nn.Conv2d):
             layer.dilation,  # type: ignore[arg-type]
             layer.groups,
             layer.bias is not None,
-            layer.padding_mode,  # type: ignore[arg-type]
+            layer.padding_mode,
             device="meta",
         )
         self.weight, self.bias = layer.weight, layer.bias
@@ -60,7 +60,8 @@ class MixoutConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[b, c, h, w] -> [b, k, h', w']."""
-        return self._conv_forward(input, _mixed(self), self.bias)
+        found: Tensor = self._conv_forward(input, _mixed(self), self.bias)
+        return found
 
 
 def _mixed(layer: MixoutLinear | MixoutConv2d) -> Tensor:
