@@ -55,7 +55,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout 0

@@ -21,7 +21,10 @@ from crossft.runs import RunFolder, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = ["--trainer.callbacks=interrupting.HoldAt", "--allow=interrupting", "--checkpoints.every_n_steps=2"]
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no local SLURM: {missing()} not installed (slurm-wlm, munge)")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(bool(missing()), reason=f"no local SLURM: {missing()} not installed (slurm-wlm, munge)"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ def test_two_processes_end_where_one_does(chain: Path, config: Path, images: Pat
             torch.testing.assert_close(value, second["state_dict"][key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.soak
 def test_torchrun_reuses_the_source_and_stops_on_a_signal(chain: Path, config: Path, images: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "crossft.cli", "fit"]
     words = [*flags(config, images, chain.parent), "--arm=torchrun"]
@@ -84,6 +85,7 @@ def test_torchrun_reuses_the_source_and_stops_on_a_signal(chain: Path, config: P
     assert all(torch.equal(one[k], other[k]) for k in one), "stopped and resumed is not the run that never stopped"
 
 
+@pytest.mark.soak
 def test_a_search_ends_all_processes_at_the_same_step(chain: Path, config: Path, images: Path, tmp_path: Path) -> None:
     early = EarlyTerminate("hyperband", 2, 2)
     study = TrialStudy(tmp_path / "search.db", "s", True, 9, early)

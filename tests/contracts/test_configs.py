@@ -62,8 +62,8 @@ def test_config_builds_everything_it_names(path: Path) -> None:
 
 
 @pytest.mark.parametrize("fragment", FRAGMENTS, ids=name)
-def test_fragment_goes_over_every_base(fragment: Path) -> None:
-    for base in BASES:
+def test_fragment_goes_over_images_and_text_with_and_without_a_source_leg(fragment: Path) -> None:
+    for base in (CONFIGS / "vision" / "adapt.yaml", CONFIGS / "text" / "domains.yaml"):
         settings = Settings([f"--config={base}", f"--config={fragment}", *DATA])
         assert settings.config.arm in (fragment.stem, "plain")
         built = settings.build("methods").methods
