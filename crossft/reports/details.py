@@ -18,9 +18,19 @@ import yaml
 from crossft.errors import RunError
 from crossft.reports.records import domain_keys, primary_of
 from crossft.reports.tables import label
-from crossft.runs import RunFolder, read_metrics
+from crossft.runs import RunFolder, read_json, read_metrics
 
-__all__ = ["Bin", "Curve", "Ledger", "config_differences", "learning_curves", "ledgers", "reliabilities"]
+__all__ = [
+    "Bin",
+    "Curve",
+    "Ledger",
+    "TransferMatrix",
+    "config_differences",
+    "learning_curves",
+    "ledgers",
+    "reliabilities",
+    "transfer_matrices",
+]
 
 _POINTS = 60
 """Longer curves are means over as many equal spans of steps."""
@@ -61,6 +71,25 @@ class Ledger:
     arms: tuple[str, ...]
     rows: tuple[dict[str, str], ...]
     differs: bool
+
+
+@dataclass(frozen=True)
+class TransferMatrix:
+    """R of an arm's sequences, mean over its seeds.
+
+    Attributes:
+        arm: its name.
+        domains: [t], in the order they were learned.
+        metric: its name.
+        values: [t, t]: on domain j after learning domain i; NaN where a seed has no value.
+        seeds: their number.
+    """
+
+    arm: str
+    domains: tuple[str, ...]
+    metric: str
+    values: np.ndarray[Any, Any]
+    seeds: int
 
 
 def _folders(runs: pd.DataFrame) -> Iterator[tuple[str, RunFolder]]:
@@ -142,6 +171,17 @@ def ledgers(runs: pd.DataFrame) -> list[Ledger]:
         for lines, names in arms.items()
         if len(lines) > 1
     ]
+
+
+def transfer_matrices(runs: pd.DataFrame) -> list[TransferMatrix]:
+    """One an arm and order of domains, from each run's ``sequence.json``; a run that is no sequence has none."""
+    found: dict[tuple[str, tuple[str, ...], str], list[np.ndarray[Any, Any]]] = {}
+    for arm, folder in _folders(runs):
+        if folder.sequence.is_file():
+            content = read_json(folder.sequence)
+            matrix = np.array(content["matrix"], np.float64)
+            found.setdefault((arm, tuple(content["domains"]), content["metric"]), []).append(matrix)
+    return [TransferMatrix(*key, np.mean(matrices, 0), len(matrices)) for key, matrices in found.items()]
 
 
 def config_differences(runs: pd.DataFrame) -> tuple[list[str], dict[str, dict[str, str]]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 
 from crossft import __version__
@@ -23,7 +24,7 @@ from crossft.reports.frontier import tradeoff_of
 from crossft.reports.overall import overall
 from crossft.reports.records import groups, headline, leaves, read_records, with_baseline
 from crossft.reports.tables import METHODS, ArmTable, compare, counted, label
-from crossft.runs import write_atomic
+from crossft.runs import higher_is_better, write_atomic
 
 __all__ = ["write_page"]
 
@@ -229,7 +230,15 @@ def _folded(heading: str, body: str, note: str) -> str:
 
 
 def _setup(runs: pd.DataFrame, number: Numbers) -> Iterator[str]:
-    """What the arms differ in, and what trained in each phase."""
+    """The matrices of sequences, what the arms differ in, and what trained in each phase."""
+    matrices = details.transfer_matrices(runs)
+    if matrices:
+        note = "Rows: after learning this domain; columns: test value on that domain, mean over seeds; — not measured."
+        note += " Framed: the domain just learned. Below the frames is what was kept, above them what transferred."
+        yield (
+            "<h3>Accuracy matrix of the sequence</h3>"
+            f'<div class="ledgers">{"".join(map(_matrix, matrices))}</div><p>{escape(note)}</p>'
+        )
     keys, values = details.config_differences(runs)
     if keys:
         heads = [("arm", True), *((key, True) for key in keys)]
@@ -247,6 +256,29 @@ def _setup(runs: pd.DataFrame, number: Numbers) -> Iterator[str]:
             f'<div class="ledgers">{"".join(map(_ledger, found))}</div>',
             note,
         )
+
+
+def _matrix(found: details.TransferMatrix) -> str:
+    known = found.values[np.isfinite(found.values)]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in found.domains)
+    lines = []
+    for i, learned in enumerate(found.domains):
+        cells = []
+        for j, value in enumerate(map(float, found.values[i])):
+            if math.isnan(value):
+                cells.append("<td>—</td>")
+                continue
+            share = (value - low) / (high - low) if high > low else 1.0
+            share = share if higher_is_better(found.metric) else 1.0 - share
+            just = ' class="just"' if i == j else ""
+            cells.append(f'<td{just} style="--h:{12 + 33 * share:.0f}">{value:.3f}</td>')
+        lines.append(f'<tr><th scope="row">{escape(learned)}</th>{"".join(cells)}</tr>')
+    head = f"{found.arm}: {found.metric}, {found.seeds} {'seed' if found.seeds == 1 else 'seeds'}"
+    table = (
+        f'<table class="ledger matrix"><thead><tr><th></th>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    )
+    return f'<div><h3>{escape(head)}</h3><div class="wide">{table}</div></div>'
 
 
 def _ledger(ledger: details.Ledger) -> str:

@@ -48,6 +48,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.ledger = self.path / "ledger.csv"
         self.before = self.path / "before.json"
+        self.sequence = self.path / "sequence.json"
         self.quarantine = self.path / "quarantine.json"
         self.splits = self.path / "splits.json"
         self.checkpoints = self.path / "checkpoints"

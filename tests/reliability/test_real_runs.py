@@ -31,12 +31,22 @@ def inputs(root: Path, data: str, target: str) -> list[str]:
 @pytest.mark.data
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("config", "domains", "flags"), RUNS, ids=[r[0] for r in RUNS])
-def test_shipped_config(config, domains, flags, shared_data: Path, tmp_path: Path, capsys) -> None:
+def test_shipped_config(config, domains, flags, shared_data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     data, source, target = domains
     place = [f"--data.root={shared_data / data}", f"--data.source={source}", f"--data.target={target}"]
     folder, extra = RunFolder(tmp_path / "run"), ["--trainer.enable_progress_bar=false", f"--run.root={tmp_path}"]
     settings = ["--config", f"configs/{config}.yaml", *place, *flags, f"--run.dir={folder.path}", *extra]
-    assert main(["fit", *settings]) == 0
+    if config == "text/domains":  # stopped in the target leg, and gone on with
+        monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "cli"))
+        monkeypatch.setenv("STOP_IN", "target")
+        monkeypatch.setenv("STOP_AT", "5")
+        stop = ["--trainer.callbacks=interrupting.StopAt", "--allow=interrupting"]
+        assert main(["fit", *settings, *stop]) != 0
+        assert folder.summary()["status"] == "interrupted"
+        monkeypatch.delenv("STOP_AT")
+        assert main(["resume", str(folder.path), "--allow=interrupting"]) == 0
+    else:
+        assert main(["fit", *settings]) == 0
     summary = folder.summary()
     metrics = summary["metrics"]
     with capsys.disabled():

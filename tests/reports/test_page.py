@@ -9,10 +9,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from reports.folders import write_curves, write_details, write_run
+from reports.folders import write_curves, write_details, write_run, write_sequence
 
 from crossft.reports.charts import Row, curves, intervals, mark, reliability, scatter, ticks
-from crossft.reports.details import Bin, Curve, config_differences, learning_curves, ledgers, reliabilities
+from crossft.reports.details import (
+    Bin,
+    Curve,
+    config_differences,
+    learning_curves,
+    ledgers,
+    reliabilities,
+    transfer_matrices,
+)
 from crossft.reports.frontier import Tradeoff
 from crossft.reports.page import write_page
 from crossft.reports.records import read_records
@@ -209,6 +217,21 @@ def test_long_curves_are_means_over_spans(tmp_path: Path) -> None:
     assert len(curve.steps) == 60
     assert curve.steps[:2] == (10, 20)
     assert curve.mean[:2] == (4.5, 14.5)
+
+
+def test_matrix_of_sequences_is_the_mean_over_their_seeds(tmp_path: Path) -> None:
+    for arm in ("ewc", "plain"):
+        for seed in range(2):
+            write_sequence(write_run(tmp_path / "pacs", arm, seed), shift=0.1 * seed)
+    write_run(tmp_path / "pacs", "no-sequence", 0)
+    ewc, plain = transfer_matrices(read_records([tmp_path]))
+    assert (ewc.arm, plain.arm, ewc.domains, ewc.seeds) == ("ewc", "plain", ("photo", "art", "sketch"), 2)
+    assert ewc.values[1] == pytest.approx([0.75, 0.85, math.nan], nan_ok=True)
+    html = write_page([tmp_path], tmp_path / "page.html").read_text()
+    assert html.count('class="ledger matrix"') == 2
+    assert html.count('<td class="just" style="--h:45">0.950</td>') == 4, "the best value has the deepest tone"
+    assert html.count("<td>—</td>") == 2
+    assert "ewc: accuracy, 2 seeds" in html
 
 
 def test_reliability_ledger_and_config_of_run_folders(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports.folders import write_curves, write_details, write_run
+from reports.folders import write_curves, write_details, write_run, write_sequence
 
 from crossft.reports.page import write_page
 
@@ -28,6 +28,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = write_run(root / "pacs", arm, seed, target + seed / 100, source + seed / 200)
             write_curves(folder)
             write_details(folder, {"l2sp": 0.1, "worse": 1.0}.get(arm), shift=seed / 50)
+            write_sequence(folder, shift=seed / 50)
     write_run(root / "pacs", "probe", 9, None, None, status="failed", error="TrainingError: the loss is NaN at step 3")
     return write_page([root], root / "page.html", baseline="full")
 
