@@ -40,6 +40,7 @@ from crossft.backbones.base import StagePlan
 from crossft.callbacks.adaptation import DANN
 from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Drift, FiniteCheck, Ledger, RunLog, Stopping
 from crossft.cli.loggers import RunIdentity
+from crossft.cli.profiling import NoProfiler
 from crossft.optim import Cosine
 from crossft.runs import RunFolder
 from crossft.tasks import Classification
@@ -154,7 +155,7 @@ def ours(batches: list[Batch], folder: Path, *methods: pl.Callback) -> float:
     domains = [Domain("known", "source", labels=labels), Domain("new", "target", labels=labels)]
     task = Classification(LinearBackbone(), domains, schedule=Cosine())
     RunFolder.create(folder)
-    settings = {"logger": RunLog(folder), "plugins": AtomicCheckpointIO()}
+    settings = {"logger": RunLog(folder), "plugins": AtomicCheckpointIO(), "profiler": NoProfiler()}
     kept = [Drift(rows=0), Ledger(folder), FiniteCheck(), RunIdentity(folder, "")]
     with Stopping() as stopping:
         callbacks = [*methods, *kept, stopping, Checkpoints(folder, stopping=stopping)]

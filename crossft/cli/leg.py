@@ -32,6 +32,7 @@ from crossft.cli.diagnosis import PARTS, Diagnosis, diagnose, sentence
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
 from crossft.cli.parser import Settings
+from crossft.cli.profiling import NoProfiler
 from crossft.cli.progress import ProgressBar, progress
 from crossft.cli.results import final_metrics, finish, primary_of, write_calibrations, write_confusions
 from crossft.cli.selection import (
@@ -68,6 +69,7 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
             shards, which the command line cannot measure.
     """
     arguments = {**dict(settings.build("trainer").trainer), **overrides}
+    arguments["profiler"] = arguments.get("profiler") or NoProfiler()
     if (launcher := environment()) is not None:
         plugins = _listed(arguments.get("plugins"))
         if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
