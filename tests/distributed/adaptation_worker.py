@@ -12,6 +12,7 @@ from tiny import flat
 from torch import nn
 
 from crossft.callbacks.adaptation import CORAL
+from crossft.callbacks.freezing import DomainGap
 from crossft.callbacks.monitoring import Health
 from crossft.callbacks.monitoring.scores import SCORES, Scores
 from crossft.functional import gather_rows, mean_over_processes
@@ -52,10 +53,10 @@ def main(root: Path, out: Path) -> None:
     more = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     data = data_of(root, False, splits=(0.4, 0.4, 0.2))
     health = Health(1, maps=[])
-    trainer, _ = fit(data, {"coral": CORAL(100.0)}, extra=(Scores(), health), **more)
+    trainer, _ = fit(data, {"coral": CORAL(100.0)}, extra=(Scores(), health, DomainGap()), **more)
     gradients = {key: torch.tensor(value) for key, value in health.gradients.items()}
     for key, value in {**trainer.callback_metrics, **gradients}.items():
-        if key.startswith("health/") or key.removeprefix("target/val/") in SCORES:
+        if key.startswith(("health/", "gap/")) or key.removeprefix("target/val/") in SCORES:
             results[f"scores/{key}"] = value.double()
     for sources in (False, True):
         results[f"none-{sources}/1"] = flat(fit(data_of(root, sources), {})[1])

@@ -67,7 +67,7 @@ def test_scores_and_health_are_those_of_all_rows(results: Results) -> None:
     """From features that differ by rounding, so not to the bit; 2 x 9 rows and a remainder on two processes."""
     one, two = results["1-0"], results["2-0"]
     keys = [k for k in one if k.startswith("scores/")]
-    assert len(keys) == 7 + 1 + 2 * 4 + 3 + 3  # scores, gradient, distances by layer, collapse, votes
+    assert len(keys) == 7 + 1 + 2 * 4 + 3 + 3 + 1  # scores, gradient, distances by layer, collapse, votes, gap
     for key in keys:
         assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-4, abs=1e-5), key
 

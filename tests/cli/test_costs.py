@@ -1,0 +1,54 @@
+"""What a step costs, against counts by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossft.backbones import Backbone
+from crossft.backbones.base import StagePlan
+from crossft.cli.costs import full_cost, step_cost
+from crossft.tasks import Classification
+from crossft.types import Domain, Encoded, ImageSpec
+
+SIZE, IN, OUT, GROUPS = 8, 3, 12, 3
+
+
+class Grouped(Backbone):
+    """A 3 x 3 convolution, and one in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(IN, OUT, 3, padding=1), nn.Conv2d(OUT, OUT, 3, padding=1, groups=GROUPS)
+        self.num_features, self.pretrained = OUT, True
+        self.input_spec = ImageSpec((SIZE, SIZE), (0.0,) * 3, (1.0,) * 3)
+        self._plans = (StagePlan("first", ("first",)), StagePlan("second", ("second",)))
+
+    def _encode(self, start: int, value: Tensor | None, inputs: Any, capture: Any) -> Encoded:
+        return Encoded(features=self.second(self.first(inputs["pixel_values"])).mean((2, 3)))
+
+    def _reason(self, index: int) -> str | None:
+        return None
+
+    def export(self, folder: Path) -> Path:
+        raise AssertionError("never exported")
+
+
+def test_a_grouped_convolution_costs_its_groups() -> None:
+    labels = ("a", "b")
+    task = Classification(Grouped(), [Domain("one", "source", labels=labels), Domain("two", "target", labels=labels)])
+    first = 2 * SIZE * SIZE * OUT * IN * 9
+    second = 2 * SIZE * SIZE * OUT * (OUT // GROUPS) * 9
+    head = 2 * OUT * len(labels)
+    whole = (first + second + head, first + 2 * second + 2 * head)  # the image itself needs no gradient
+    assert step_cost(task) == full_cost(task) == whole
+    task.backbone.first.requires_grad_(False)
+    assert step_cost(task) == (whole[0], second + 2 * head)
+    assert full_cost(task) == whole
+    assert not any(p.requires_grad for p in task.backbone.first.parameters())
+    task.backbone.requires_grad_(False)
+    assert step_cost(task) == (whole[0], head)
+    assert all(torch.isfinite(p).all() and p.grad is None for p in task.parameters())
