@@ -154,6 +154,11 @@ def _finish(draft: Draft, domain: Domain, options: Options) -> Prepared:
 
 def _budget(draft: Draft, domain: Domain, options: Options) -> NDArray[np.bool_]:
     """Which train and validation rows keep their labels under ``shots`` or ``fraction``."""
+    if options.shots is not None and domain.kind == "regression":
+        raise ConfigError(
+            f"data.shots={options.shots} counts labels per class, and domain {domain.name!r} has kind regression; use "
+            "data.fraction"
+        )
     names = [lab.names_of(v, domain.kind) for v in draft.labels]
     shares = [1.0, 0.0]
     if options.validation_from_labels:
@@ -168,7 +173,8 @@ def _budget(draft: Draft, domain: Domain, options: Options) -> NDArray[np.bool_]
         if options.shots is not None:
             held = max(1, round(options.shots * shares[1])) if shares[1] else 0
             k = held if part == 1 else options.shots - held
-            picked = sp.pick_shots(mine, ids, k, options.split_seed, f"the {sp.SPLITS[part]} split of {draft.name!r}")
+            what, listed = f"the {sp.SPLITS[part]} split of {draft.name!r}", options.labels is not None
+            picked = sp.pick_shots(mine, ids, k, options.split_seed, what, domain.labels, listed)
         else:
             assert options.fraction is not None
             picked = sp.pick_fraction(mine, ids, options.fraction * shares[0], options.split_seed)
