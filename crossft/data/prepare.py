@@ -99,15 +99,19 @@ def prepare(
 
 
 def _spaces(drafts: Sequence[Draft], options: Options) -> list[Domain]:
-    """The label space of each domain; unlabeled and eval domains take the first trained space that fits."""
+    """The label space of each domain; unlabeled and eval domains take the first trained space that fits.
+
+    An earlier run's are taken as they are.
+    """
     out: dict[str, Domain] = {}
     trained = [d for d in drafts if not d.unlabeled and d.role != "eval"]
     for d in trained:
-        out[d.name] = Domain(d.name, d.role, d.kind, options.labels or lab.label_names(d.labels, d.kind))
+        out[d.name] = Domain(d.name, d.role, d.kind, options.space(d.name)[1] or lab.label_names(d.labels, d.kind))
     known: list[Space] = list(dict.fromkeys((d.kind, d.labels) for d in out.values()))
     for d in drafts:
         if d.name not in out:
-            kind, names = _adopted(d, known, options)
+            own = options.known.get(d.name)
+            kind, names = _adopted(d, known if own is None else [(own.kind, own.labels)], options)
             out[d.name] = Domain(d.name, d.role, kind, names)
     return [out[d.name] for d in drafts]
 
