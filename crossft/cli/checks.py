@@ -87,7 +87,7 @@ def _check_trainer(trainer: Any) -> None:
         value = trainer.get(name)
         if value is not None and value < least:
             raise ConfigError(f"trainer.{name}={value} must be at least {least}; leave it out for the default")
-    epochs, steps, limit = trainer.max_epochs, trainer.max_steps, trainer.get("limit_train_batches")
+    epochs, steps = trainer.max_epochs, trainer.max_steps
     for name, value in (("max_epochs", epochs), ("max_steps", steps)):
         if value is not None and value < 1 and value != -1:
             raise ConfigError(
@@ -99,11 +99,16 @@ def _check_trainer(trainer: Any) -> None:
             f"trainer.max_epochs={epochs} with trainer.max_steps={steps} never ends, and schedules need an end; "
             "set one of them to 1 or more"
         )
-    if limit is not None and limit <= 0:
-        raise ConfigError(
-            f"trainer.limit_train_batches={limit} trains nothing; it must be a number of batches of at least 1, or a "
-            "share above 0.0 and at most 1.0"
-        )
+    limit, overfit = trainer.get("limit_train_batches"), trainer.get("overfit_batches")
+    for name, value, allowed, wrong in (
+        ("limit_train_batches", limit, "1.0", limit is not None and (isinstance(limit, int) or limit != 1.0)),
+        ("overfit_batches", overfit, "0.0", bool(overfit)),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"trainer.{name}={value} would end epochs early, and the order of rows and every schedule count whole "
+                f"ones; leave it out ({allowed}), and use data.limit for fewer rows, trainer.max_steps for fewer steps"
+            )
 
 
 def _check_optimizer(given: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crossft.cli.launch import Launch
 from crossft.cli.leg import build_methods, measure
 from crossft.cli.saved import Saved, open_run, read_splits, take_option
@@ -31,24 +29,18 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def prepared_like(saved: Saved, keep_splits: bool) -> DomainData:
-    """The run's data, with its splits and its label names.
+    """The run's data, with its splits and, never derived again, its label spaces.
 
     Raises:
         ConfigError: the data's domains are not those of the run.
     """
     domains = saved.task.domains
-    spaces = {d.space for d in domains}
-    config: Any = saved.settings.config.data
-    if len(spaces) == 1 and domains[0].kind != "regression":
-        config.labels = list(domains[0].labels)
-        config.kind = domains[0].kind
     data: DomainData = saved.settings.build("data").data
-    if keep_splits and (splits := read_splits(saved.folder)) is not None:
-        data.use_manifest(splits)
+    data.use_manifest((read_splits(saved.folder) if keep_splits else None) or {}, domains)
     data.prepare()
-    if [(d.name, d.space) for d in data.domains] != [(d.name, d.space) for d in domains]:
+    if [d.name for d in data.domains] != [d.name for d in domains]:
         raise ConfigError(
-            f"data: the domains {[d.name for d in data.domains]} with their labels are not the run's "
-            f"({[d.name for d in domains]}); give data of those, or start a run with --init {saved.folder.path}"
+            f"data: the domains {[d.name for d in data.domains]} are not the run's ({[d.name for d in domains]}); give "
+            f"data of those, or start a run with --init {saved.folder.path}"
         )
     return data

@@ -16,7 +16,7 @@ from crossft.data.checks import Verify, content_of
 from crossft.data.readers import SPLIT_NAMES, Reader
 from crossft.data.table import Columns, Table
 from crossft.errors import ConfigError, DataError, LabelError, SplitError
-from crossft.types import Kind, Role
+from crossft.types import Domain, Kind, Role
 
 __all__ = ["Draft", "Options", "Splitting", "draft_of", "split_of"]
 
@@ -44,6 +44,11 @@ class Options:
     max_bad: float = 0.01
     limit: int | None = None
     manifest: Manifest = field(default_factory=dict)
+    known: Mapping[str, Domain] = field(default_factory=dict)
+
+    def space(self, name: str) -> tuple[Kind | Literal["auto"], tuple[str, ...] | None]:
+        """Kind and label names of a domain, as far as they are settled: an earlier run's, else those asked for."""
+        return (self.known[name].kind, self.known[name].labels) if name in self.known else (self.kind, self.labels)
 
 
 @dataclass
@@ -80,8 +85,9 @@ def draft_of(name: str, role: Role, unlabeled: bool, options: Options, bad: list
                 f"data.label_column, or set data.{'target' if role != 'source' else 'source'}_labels=none"
             )
         labels = [lab.normalize(v) for v in labels]
-        kind = lab.infer_kind(labels) if options.kind == "auto" else options.kind
-        wrong = _bad_labels(labels, kind, options.labels)
+        settled, names = options.space(name)
+        kind = lab.infer_kind(labels) if settled == "auto" else settled
+        wrong = _bad_labels(labels, kind, names)
     dropped = _refuse(name, table, {**wrong, **problems}, len(table), options, bad, set(wrong) - set(problems))
     keep = [i for i in range(len(table)) if i not in dropped]
     ties = [(table.splits[i] if table.splits else "", "" if unlabeled else str(labels[i])) for i in keep]

@@ -171,6 +171,7 @@ class DomainData(pl.LightningDataModule):
         self._included: dict[Role, set[bool]] = {}
         self.memories: dict[str, Memory] = {}
         self._manifest: dict[str, Any] = {}
+        self._known: dict[str, Domain] = {}  # of an earlier leg, by name
         self._dataset: Rows | None = None
         self._spec: ImageSpec | TextSpec | None = None
         self.inputs, self._next_step = inputs, 0
@@ -199,7 +200,7 @@ class DomainData(pl.LightningDataModule):
         return Options(
             self.root, reader, self.columns, self.kind, labels, self.split, self.splits, self.split_seed, self.shots,
             self.fraction, self.validation_from_labels, self.verify, self.on_error, self.max_bad, self.limit,
-            self._manifest,
+            self._manifest, self._known,
         )  # fmt: skip
 
     @property
@@ -223,8 +224,8 @@ class DomainData(pl.LightningDataModule):
         """Domain -> split (or ``dropped``) -> sample ids, as plain values."""
         return {p.domain.name: p.manifest() for p in self.prepared}
 
-    def use_manifest(self, manifest: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
-        """Take the splits of an earlier leg; `prepare` raises SplitError where the data does not fit them.
+    def use_manifest(self, manifest: Mapping[str, Mapping[str, Sequence[int]]], known: Sequence[Domain] = ()) -> None:
+        """Take an earlier leg's splits, and label spaces; `prepare` raises where the data does not fit them.
 
         Raises:
             ConfigError: `prepare` was called already.
@@ -232,6 +233,7 @@ class DomainData(pl.LightningDataModule):
         if self._prepared:
             raise ConfigError("use_manifest comes too late: the splits are made; call it before prepare()")
         self._manifest = {name: dict(splits) for name, splits in manifest.items()}
+        self._known = {d.name: d for d in known}
 
     def describe(self) -> list[dict[str, Any]]:
         """One row a domain, for printing (see `crossft.data.summary.describe`)."""

@@ -99,15 +99,19 @@ def prepare(
 
 
 def _spaces(drafts: Sequence[Draft], options: Options) -> list[Domain]:
-    """The label space of each domain; unlabeled and eval domains take the first trained space that fits."""
+    """The label space of each domain; unlabeled and eval domains take the first trained space that fits.
+
+    An earlier run's are taken as they are.
+    """
     out: dict[str, Domain] = {}
     trained = [d for d in drafts if not d.unlabeled and d.role != "eval"]
     for d in trained:
-        out[d.name] = Domain(d.name, d.role, d.kind, options.labels or lab.label_names(d.labels, d.kind))
+        out[d.name] = Domain(d.name, d.role, d.kind, options.space(d.name)[1] or lab.label_names(d.labels, d.kind))
     known: list[Space] = list(dict.fromkeys((d.kind, d.labels) for d in out.values()))
     for d in drafts:
         if d.name not in out:
-            kind, names = _adopted(d, known, options)
+            own = options.known.get(d.name)
+            kind, names = _adopted(d, known if own is None else [(own.kind, own.labels)], options)
             out[d.name] = Domain(d.name, d.role, kind, names)
     return [out[d.name] for d in drafts]
 
@@ -154,6 +158,11 @@ def _finish(draft: Draft, domain: Domain, options: Options) -> Prepared:
 
 def _budget(draft: Draft, domain: Domain, options: Options) -> NDArray[np.bool_]:
     """Which train and validation rows keep their labels under ``shots`` or ``fraction``."""
+    if options.shots is not None and domain.kind == "regression":
+        raise ConfigError(
+            f"data.shots={options.shots} counts labels per class, and domain {domain.name!r} has kind regression; use "
+            "data.fraction"
+        )
     names = [lab.names_of(v, domain.kind) for v in draft.labels]
     shares = [1.0, 0.0]
     if options.validation_from_labels:
@@ -168,7 +177,8 @@ def _budget(draft: Draft, domain: Domain, options: Options) -> NDArray[np.bool_]
         if options.shots is not None:
             held = max(1, round(options.shots * shares[1])) if shares[1] else 0
             k = held if part == 1 else options.shots - held
-            picked = sp.pick_shots(mine, ids, k, options.split_seed, f"the {sp.SPLITS[part]} split of {draft.name!r}")
+            what, listed = f"the {sp.SPLITS[part]} split of {draft.name!r}", options.labels is not None
+            picked = sp.pick_shots(mine, ids, k, options.split_seed, what, domain.labels, listed)
         else:
             assert options.fraction is not None
             picked = sp.pick_fraction(mine, ids, options.fraction * shares[0], options.split_seed)

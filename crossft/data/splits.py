@@ -123,7 +123,10 @@ def content_overlap(content: NDArray[np.int64], split: NDArray[np.int8]) -> list
     return [(i, last[int(u)]) for i, u in enumerate(content) if split[last[int(u)]] != split[i]]
 
 
-def pick_shots(names: Sequence[tuple[str, ...]], ids: NDArray[np.int64], k: int, seed: int, what: str) -> list[int]:
+def pick_shots(
+    names: Sequence[tuple[str, ...]], ids: NDArray[np.int64], k: int, seed: int, what: str,
+    classes: Sequence[str], listed: bool = False,
+) -> list[int]:  # fmt: skip
     """Positions of ``k`` rows a class, drawn by ``seed`` and sample id; a larger k keeps those of a smaller one.
 
     Args:
@@ -132,20 +135,24 @@ def pick_shots(names: Sequence[tuple[str, ...]], ids: NDArray[np.int64], k: int,
         k: rows a class.
         seed: the split seed.
         what: what the rows are, for messages.
+        classes: the label names; each must have its rows.
+        listed: whether ``data.labels`` names them, for messages.
 
     Raises:
-        ConfigError: a class has fewer than ``k`` rows.
+        ConfigError: a class has fewer than ``k`` rows, or none.
     """
     order = sorted(range(len(ids)), key=lambda i: digest(seed, "shots", ids[i]))
-    by_class: dict[str, list[int]] = defaultdict(list)
+    by_class: dict[str, list[int]] = {name: [] for name in classes}
     for i in order:
         for name in names[i]:
             by_class[name].append(i)
-    short = sorted(n for n, rows in by_class.items() if len(rows) < k)
-    if short:
+    name = min(by_class, key=lambda n: (len(by_class[n]), n))
+    if len(by_class[name]) < k:
+        found = len(by_class[name])
         raise ConfigError(
-            f"data.shots={k} asks for more labels than {what} has of class {short[0]!r} "
-            f"({len(by_class[short[0]])}); lower it to {min(len(by_class[n]) for n in short)} or less"
+            f"data.shots={k} asks for more labels than {what} has of class {name!r} ({found})"
+            f"{', which data.labels names' if listed else ''}; "
+            f"{f'lower it to {found} or less' if found else 'add rows of it, or leave data.shots out'}"
         )
     return sorted({i for rows in by_class.values() for i in rows[:k]})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ class Classification(Task):
     Args:
         backbone: the pretrained network.
         domains: see :class:`Task`.
-        class_weights: loss weight of each class, ``balanced`` for n / (k * n_c) from the labeled training rows of the
-            target (King & Zeng 2001), or None. Weights multiply a row's loss; the mean stays over rows.
+        class_weights: loss weight of each class of the first target (of the first domain where there is none), for
+            rows of that label space; ``balanced`` for n / (k * n_c) from the labeled training rows of the mix (King &
+            Zeng 2001), each label space by itself; or None. Weights multiply a row's loss; the mean stays over rows.
         label_smoothing: share of probability spread over all classes (Szegedy et al. 2016, section 7).
         **kwargs: optimizer, schedule and the other arguments of :class:`Task`.
 
@@ -47,30 +49,47 @@ class Classification(Task):
             raise ConfigError(f"label_smoothing={label_smoothing} must be in [0, 1)")
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
-        self.register_buffer("_weights", None, persistent=False)
         if isinstance(class_weights, list):
-            self._set_weights(class_weights)
+            own = next(d for d in self.domains if d.name == self.default_domain)
+            if len(class_weights) != len(own.labels) or not all(0.0 <= w < math.inf for w in class_weights):
+                raise ConfigError(
+                    f"class_weights={class_weights} must hold one non-negative number for each of the "
+                    f"{len(own.labels)} classes of domain {own.name!r}, in their order: {', '.join(own.labels)}; for a "
+                    "source leg with other classes set source_leg.model.init_args.class_weights"
+                )
+            self._set_weights(self.head_keys[own.name], class_weights)
 
-    def _set_weights(self, weights: Sequence[float]) -> None:
-        sizes = {len(d.labels) for d in self.domains if self.head_keys[d.name] in self.trained_heads}
-        if sizes != {len(weights)} or min(weights) < 0:
-            raise ConfigError(
-                f"class_weights={list(weights)} must hold one non-negative number a class; "
-                f"the label spaces have {sorted(sizes)} classes"
-            )
-        self._weights = torch.tensor(weights, dtype=torch.float32, device=self.device)
+    def _set_weights(self, key: str, weights: Sequence[float]) -> None:
+        values = torch.tensor(weights, dtype=torch.float32, device=self.device)
+        self.register_buffer(f"_weights_{key}", values, persistent=False)
 
     def setup(self, stage: str) -> None:
-        """Resolve ``class_weights: balanced`` from the labeled training rows."""
+        """Resolve ``class_weights: balanced`` from the labeled training rows of each label space.
+
+        Raises:
+            ConfigError: weights are listed for classes that do not train.
+        """
         super().setup(stage)
-        if stage == "fit" and self.class_weights == "balanced":
-            counts = self.trainer.datamodule.class_counts()  # type: ignore[attr-defined]
-            total, k = sum(counts), len(counts)
-            self._set_weights([total / (k * n) if n else 0.0 for n in counts])
+        if stage != "fit":
+            return
+        if isinstance(self.class_weights, list) and self.head_keys[self.default_domain] not in self.trained_heads:
+            raise ConfigError(
+                f"class_weights={self.class_weights} are for the classes of domain {self.default_domain!r}, whose "
+                "labels do not train; leave class_weights out, set it to balanced, or change data.train_on"
+            )
+        if self.class_weights != "balanced":
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        names: dict[str, list[str]] = {}
+        for name in data.training_domains:
+            names.setdefault(self.head_keys[name], []).append(name)
+        for key, sharing in names.items():
+            counts = [sum(of_class) for of_class in zip(*(data.class_counts(name) for name in sharing))]
+            self._set_weights(key, [sum(counts) / (len(counts) * n) if n else 0.0 for n in counts])
 
     def per_sample_loss(self, logits: Tensor, targets: Tensor, rows: Tensor, domain: Domain) -> Tensor:
         """Cross-entropy of each row, [b]; for multilabel the mean over labels of the binary cross-entropy."""
-        weights = self._weights if self._weights is not None and len(self._weights) == logits.shape[1] else None
+        weights: Tensor | None = getattr(self, f"_weights_{self.head_keys[domain.name]}", None)
         if domain.kind == "multilabel":
             clean = targets.masked_fill(~rows.unsqueeze(1), 0.0)
             smooth = clean * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing

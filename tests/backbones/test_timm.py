@@ -207,6 +207,23 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
     assert not Path("executed").exists()
 
 
+def test_a_folder_that_would_run_code_is_refused(
+    folder: tuple[Path, timm.models.ResNet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm itself reads a local folder; plain tensors in a torch file work, code in it does not run."""
+    path, model = folder
+    monkeypatch.chdir(tmp_path)
+    (path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    x = torch.randn(2, 3, 64, 64)
+    features = Timm(str(path)).eval()({"pixel_values": x}).features
+    torch.testing.assert_close(features, model.forward_head(model.forward_features(x), True))
+    torch.save({**model.state_dict(), "gadget": _Gadget()}, path / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match="cannot build"):
+        Timm(str(path))
+    assert not Path("executed").exists()
+
+
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "swin_tiny_patch4_window7_224"])
 def test_export_is_plain_timm(tmp_path: Path, name: str) -> None:
     net = noised(tiny_timm(name)).eval()

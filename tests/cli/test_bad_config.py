@@ -67,8 +67,13 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "no epochs": (["--trainer.max_epochs=0"], 2, "trainer.max_epochs=0 trains nothing"),
     "no steps": (["--trainer.max_steps=0"], 2, "trainer.max_steps=0 trains nothing"),
     "no end": (["--trainer.max_epochs=-1", "--trainer.max_steps=-1"], 2, "max_epochs=-1 .* never ends"),
-    "no training batches": (["--trainer.limit_train_batches=0"], 2, "limit_train_batches=0 trains nothing"),
-    "less than one training batch": (["--trainer.limit_train_batches=0.001"], 2, "limit_train_batches"),
+    "no training batches": (["--trainer.limit_train_batches=0"], 2, "limit_train_batches=0 would end epochs early"),
+    "some training batches": (["--trainer.limit_train_batches=7"], 2,
+                              r"limit_train_batches=7 .*leave it out \(1.0\).*data.limit.*trainer.max_steps"),
+    "one training batch": (["--trainer.limit_train_batches=1"], 2, "limit_train_batches=1 would end epochs early"),
+    "a share of the batches": (["--trainer.limit_train_batches=0.5"], 2, "limit_train_batches=0.5 would end"),
+    "the same batches again": (["--trainer.overfit_batches=2"], 2,
+                               r"overfit_batches=2 .*leave it out \(0.0\).*data.limit.*trainer.max_steps"),
     "unknown hub data": (["--data.reader=crossft.data.HuggingFace", "--data.reader.path=nobody/nothing-here"], 1,
                          "data.reader.path='nobody/nothing-here'.*network"),
     "null of no key": (["--model.backbone.nope=null"], 2, "nope"),
@@ -129,6 +134,11 @@ def test_null_reaches_nested_arguments(config: Path, flag: str) -> None:
 def test_plain_values_parse_back_to_themselves(config: Path) -> None:
     settings = Settings([f"--config={config}", "--data.root=.", "--data.source=a", "--data.target=b,c"])
     assert Settings(settings.plain()).plain() == settings.plain()
+
+
+def test_whole_epochs_are_allowed_by_name(config: Path) -> None:
+    words = [f"--config={config}", "--data.root=.", "--data.source=a", "--trainer.overfit_batches=0"]
+    assert Settings([*words, "--trainer.limit_train_batches=1.0"]).config.trainer.limit_train_batches == 1.0
 
 
 def test_corrected_command_takes_the_place_of_one_that_failed_at_once(

@@ -10,7 +10,7 @@ import torch
 
 from crossft.callbacks.monitoring import latest_valid, load_checkpoint
 from crossft.cli import main
-from crossft.runs import RunFolder, read_metrics
+from crossft.runs import RunFolder, read_json, read_metrics, write_json
 
 STOPPABLE = ["--trainer.callbacks=interrupting.StopAt", "--allow=interrupting", "--checkpoints.every_n_steps=2"]
 STOPPABLE += ["--methods.dann=crossft.callbacks.adaptation.DANN", "--methods.dann.hidden=8", "--arm=stopped"]
@@ -67,6 +67,25 @@ def test_stopped_chain_ends_in_the_same_bits(
     assert main(["resume", str(run), "--allow", "interrupting"]) == 0
     assert RunFolder(run).summary()["status"] == "finished"
     same_bits(never_stopped, run)
+
+
+def test_resume_takes_before_from_its_file(
+    finished: Path, fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_IN", "target")
+    monkeypatch.setenv("STOP_AT", "0")
+    run = tmp_path / "run"
+    words = [f"--init={finished}", f"--run.dir={run}", "--trainer.max_steps=1", "--diagnose=false"]
+    assert fit(tmp_path, *STOPPABLE[:2], *words) == 143
+    before = read_json(run / "before.json")
+    assert before["metrics"]["source/test/accuracy"] != 0.125
+    before["metrics"]["source/test/accuracy"] = 0.125
+    write_json(run / "before.json", before)
+    monkeypatch.setenv("STOP_AT", "")
+    assert main(["resume", str(run), "--allow=interrupting"]) == 0
+    metrics = RunFolder(run).summary()["metrics"]
+    assert metrics["source/test/accuracy/before"] == 0.125
+    assert metrics["source/retention"] == pytest.approx(metrics["source/test/accuracy"] / 0.125)
 
 
 def test_resume_of_a_finished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

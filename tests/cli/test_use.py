@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,10 +17,12 @@ import timm
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
+from tiny import image_domains
 
 from crossft.backbones import Backbone
 from crossft.cli import main
 from crossft.cli.catalog import found
+from crossft.cli.evaluate import prepared_like
 from crossft.cli.saved import open_run
 from crossft.data.images import eval_transform
 from crossft.runs import RunFolder
@@ -42,6 +45,27 @@ def test_a_flag_wins_over_the_runs_config(finished: Path, tmp_path: Path) -> Non
     assert main(["validate", str(finished), "--trainer.limit_val_batches=0", "--output", str(few)]) == 0
     assert "source/val/accuracy" in json.loads(one.read_text())
     assert json.loads(few.read_text()) == {}
+
+
+def test_label_spaces_that_differ_are_the_runs_own(config: Path, tmp_path: Path, capsys) -> None:
+    """Of other data that lack the target's first class, the labels keep their numbers."""
+    data = image_domains(tmp_path / "data", ("photo",), size=16)
+    image_domains(data, ("sketch",), ("bird", "fish", "worm"), size=16)
+    named = [f"--data.root={data}", "--data.source=photo", "--data.target=sketch", f"--run.dir={tmp_path / 'run'}"]
+    quick = ["--source_leg=null", "--trainer.max_steps=1", "--before=false", "--data.shots=2"]
+    assert main(["fit", f"--config={config}", *named, *quick]) == 0
+    shutil.rmtree(data / "sketch" / "bird")
+    words = [str(tmp_path / "run"), f"--data.root={data}", "--data.shots=null"]
+    saved = open_run("test", words)
+    again = prepared_like(saved, keep_splits=False)
+    assert [d.labels for d in again.domains] == [("cat", "dog"), ("bird", "fish", "worm")]
+    assert set(again.prepared[1].known("test")) == {1, 2}
+    assert main(["test", *words, "--output", str(tmp_path / "test.json")]) == 0
+    assert "target/test/accuracy" in json.loads((tmp_path / "test.json").read_text())
+    (data / "sketch" / "fish").rename(data / "sketch" / "wolf")
+    capsys.readouterr()
+    assert main(["test", *words]) == 1
+    assert "label 'wolf' is outside the label space {bird, fish, worm}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

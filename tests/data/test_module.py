@@ -181,6 +181,19 @@ def test_shots_leave_the_rest_unlabeled_and_hold_validation_to_the_budget(images
     assert few["val_labels"] == 0
 
 
+def test_shots_of_a_class_without_training_rows_are_refused(tmp_path):
+    rows = [f"t {i},{i % 2},train" for i in range(40)] + [f"u {i},2,test" for i in range(9)]
+    (tmp_path / "a.csv").write_text("text,label,split\n" + "\n".join(rows))
+    missing = r"the train split of 'a' has of class '2' \(0\)"
+    with pytest.raises(ConfigError, match=missing):
+        DomainData(tmp_path, target="a", shots=3).prepare()
+    with pytest.raises(ConfigError, match=missing + r", which data\.labels names"):
+        DomainData(tmp_path, target="a", shots=3, labels=[0, 1, 2]).prepare()
+    (tmp_path / "mood.csv").write_text("text,score\n" + "\n".join(f"a b {i},{i / 7}" for i in range(60)))
+    with pytest.raises(ConfigError, match=r"data\.shots=3 .*'mood' has kind regression; use data\.fraction"):
+        DomainData(tmp_path, target="mood", shots=3).prepare()
+
+
 def test_a_method_gets_source_rows_with_their_labels_or_without(images, image_spec):
     without = DomainData(images, "photo", "sketch", train_on="target", batch_size=8)
     without.bind(image_spec)

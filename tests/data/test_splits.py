@@ -60,12 +60,18 @@ def test_overlap_names_the_earlier_split_as_the_one_to_drop():
 def test_shots_are_exact_nested_and_seeded():
     names = [(str(i % 3),) for i in range(90)]
     ids = np.random.default_rng(0).integers(0, 2**60, 90)
-    five, ten = pick_shots(names, ids, 5, 0, "x"), pick_shots(names, ids, 10, 0, "x")
+    classes = ("0", "1", "2")
+    five, ten = pick_shots(names, ids, 5, 0, "x", classes), pick_shots(names, ids, 10, 0, "x", classes)
     assert np.bincount([int(names[i][0]) for i in five]).tolist() == [5, 5, 5]
     assert set(five) < set(ten)
-    assert pick_shots(names, ids, 5, 1, "x") != five
+    assert pick_shots(names, ids, 5, 1, "x", classes) != five
     with pytest.raises(ConfigError, match=r"data\.shots=31 .* x has of class '0' \(30\); lower it to 30"):
-        pick_shots(names, ids, 31, 0, "x")
+        pick_shots(names, ids, 31, 0, "x", classes)
+    missing = r"data\.shots=5 asks for more labels than x has of class '3' \(0\)"
+    with pytest.raises(ConfigError, match=missing + "; add rows of it"):
+        pick_shots(names, ids, 5, 0, "x", (*classes, "3"))
+    with pytest.raises(ConfigError, match=missing + r", which data\.labels names; add rows of it"):
+        pick_shots(names, ids, 5, 0, "x", (*classes, "3"), listed=True)
 
 
 def test_fraction_takes_its_share_of_every_class():

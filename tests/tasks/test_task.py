@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import TinyVision
@@ -71,6 +73,40 @@ def test_class_weights_and_smoothing_equal_torch() -> None:
     step = losses(smooth, batch)
     expected = F.cross_entropy(step.logits["photo"], batch.targets, reduction="none", label_smoothing=0.2)
     assert torch.allclose(step.per_sample_loss, expected)
+
+
+def test_class_weights_are_those_of_the_targets_label_space() -> None:
+    """A source of another size, and one of as many classes with other names, is not weighted."""
+    target = Domain("sketch", "target", labels=("x", "y", "z"))
+    for labels in (("a", "b"), ("a", "b", "c")):
+        task = Classification(
+            TinyVision(), [Domain("photo", "source", labels=labels), target], class_weights=[1.0, 2.0, 3.0]
+        )
+        step = losses(task, make_batch(torch.tensor([1, 1, 2, 0]), [0, 1, 1, 1], [True] * 4))
+        plain = F.cross_entropy(step.logits["photo"][:1], torch.tensor([1]), reduction="none")
+        weighted = F.cross_entropy(
+            step.logits["sketch"][1:], torch.tensor([1, 2, 0]), torch.tensor([1.0, 2.0, 3.0]), reduction="none"
+        )
+        assert torch.allclose(step.per_sample_loss, torch.cat([plain, weighted]))
+
+
+def test_balanced_weights_are_counted_by_label_space() -> None:
+    domains = [*SAME, Domain("toy", "target", labels=("x", "y", "z"))]
+    task = Classification(TinyVision(), domains, class_weights="balanced")
+    counts = {"photo": [1, 2, 3], "sketch": [5, 0, 1], "toy": [2, 0, 6]}
+    data = SimpleNamespace(training_domains=tuple(counts), class_counts=lambda name: counts[name])
+    task.trainer = SimpleNamespace(datamodule=data)
+    task.setup("fit")
+    assert torch.allclose(task.get_buffer("_weights_photo"), torch.tensor([12 / 18, 12 / 6, 12 / 12]))
+    assert torch.allclose(task.get_buffer("_weights_toy"), torch.tensor([8 / 6, 0.0, 8 / 18]))
+    assert not [k for k in task.state_dict() if "weights" in k]
+
+
+def test_class_weights_of_labels_that_do_not_train_are_refused() -> None:
+    task = Classification(TinyVision(), APART, class_weights=[1.0, 2.0])
+    task.trainer = SimpleNamespace(datamodule=SimpleNamespace(training_domains=("photo",)))
+    with pytest.raises(ConfigError, match=r"class_weights=\[1.0, 2.0\] are for the classes of domain 'sketch'"):
+        task.setup("fit")
 
 
 def test_multilabel_loss_and_blank_targets() -> None:
@@ -193,7 +229,11 @@ def test_a_name_is_attached_once() -> None:
     [
         (lambda: Classification(TinyVision(), []), "domains="),
         (lambda: Classification(TinyVision(), SAME, label_smoothing=1.0), "label_smoothing=1.0"),
-        (lambda: Classification(TinyVision(), SAME, class_weights=[1.0, 2.0]), "class_weights="),
+        (
+            lambda: Classification(TinyVision(), SAME, class_weights=[1.0, 2.0]),
+            r"class_weights=\[1.0, 2.0\] must .* 3 classes of domain 'sketch', in their order: a, b, c; .*source_leg",
+        ),
+        (lambda: Classification(TinyVision(), SAME, class_weights=[1.0, -1.0, 1.0]), "one non-negative number"),
         (lambda: Classification(TinyVision(), [Domain("p", "source", "regression", ("y",))]), "Regression"),
         (lambda: Regression(TinyVision(), SAME), "Classification"),
         (lambda: Classification(TinyVision(), SAME, batchnorm="sometimes"), "batchnorm='sometimes'"),
