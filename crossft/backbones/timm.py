@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossft.backbones.base import Backbone, StagePlan, check_partition
-from crossft.backbones.batchnorm import DomainBatchNorm, without_statistics
+from crossft.backbones.batchnorm import DomainBatchNorm, set_domains, without_statistics
 from crossft.backbones.layouts import chain_plans, grouped_plans
 from crossft.backbones.weights import packaged, read_tensors
 from crossft.errors import BackboneError, ConfigError
@@ -32,8 +32,11 @@ class Timm(Backbone):
     values before pooling, spatial positions flattened row by row, class and register tokens first (``prefix_tokens``
     of them). In some families (VGG, MobileNetV3) the head also widens, so d differs from ``num_features``.
 
-    Families in ``crossft.backbones.layouts`` run stage by stage, so they start from any stage; any other timm model
-    runs as a whole, with an ordered partition of its parameters.
+    Families in ``crossft.backbones.layouts`` run stage by stage; any other timm model runs as a whole, with an ordered
+    partition of its parameters. Whether a family's member can start from a stage is found by trying, once, when it is
+    first asked for: on one random image each stage is started from what the stage before hands it, and must end in the
+    features of timm's own forward. With k stages that costs about 2 + k / 2 forwards of one image. A model that FSDP2
+    has cut over processes is not tried: its parts do not run by themselves.
 
     Args:
         name: a timm name (``resnet18.a1_in1k``), ``hf-hub:OWNER/NAME``, a local folder with ``config.json`` and
@@ -98,6 +101,8 @@ class Timm(Backbone):
         chain = chain_plans(self.model, "model.")
         self._whole = chain is None
         self._plans: tuple[StagePlan, ...] = chain or grouped_plans(self.model, "model.")
+        self._tried = False
+        self._cannot_start: str | None = None
         check_partition(self)
         self._check_pooling()
 
@@ -110,17 +115,57 @@ class Timm(Backbone):
             raise BackboneError(f"pooling='cls': {self.name} has no class token; use mean or max")
 
     def _reason(self, index: int) -> str | None:
-        if not self._whole:
-            return None
-        return f"{type(self.model).__name__} is not a chain of stages known to crossft; it runs as a whole"
+        if self._whole:
+            return f"{type(self.model).__name__} is not a chain of stages known to crossft; it runs as a whole"
+        if not self._tried:
+            self._try_all()
+        return self._cannot_start
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _try_all(self) -> None:
+        """Start from every stage on one random image, and keep what is wrong; modes and generators stay as they are."""
+        from torch.distributed.tensor import DTensor
+
+        if any(isinstance(p, DTensor) for p in self.parameters()):
+            return
+        first = next(self.parameters())
+        shape = (1, self.input_spec.channels, *self.input_spec.size)
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first)
+        with ExitStack() as stack:
+            for module in self.modules():
+                stack.callback(setattr, module, "training", module.training)
+                if isinstance(module, DomainBatchNorm):
+                    stack.callback(setattr, module, "domains", module.domains)
+            stack.enter_context(torch.random.fork_rng([first.device] if first.is_cuda else []))
+            stack.enter_context(torch.autocast(first.device.type, enabled=False))
+            self.model.eval()
+            set_domains(self.model, torch.tensor([-1]))
+            self._cannot_start = self._difference(image)
+        self._tried = True
+
+    def _difference(self, image: Tensor) -> str | None:
+        """What is wrong when ``image`` [1, c, h, w] runs in parts, or None."""
+        names = [plan.name for plan in self._plans]
+        kind, close = type(self.model).__name__, torch.finfo(image.dtype).eps ** 0.5
+        try:
+            x = self.model.forward_features(self._laid_out(image))
+            whole = self._pool(x, self._tokens(x))
+            parts = self._encode(0, None, {"pixel_values": image}, names)
+            ends = [self._encode(k, parts.stages[name], {}, ()) for k, name in enumerate(names[:-1], 1)]
+        except Exception as error:
+            return f"{kind} does not run in parts ({type(error).__name__}: {error})"
+        for name, end in zip(names, (parts, *ends)):
+            if not torch.allclose(end.features, whole, close, close, equal_nan=True):
+                return f"{kind} gives other values than its own forward when it runs in parts, from {name!r} on"
+        return None
 
     def _encode(
         self, start: int, value: Tensor | None, inputs: Mapping[str, Tensor], capture: Collection[str]
     ) -> Encoded:
         captured: dict[str, Tensor] = {}
         x: Any = inputs["pixel_values"] if start == 0 or value is None else value
-        if x.dim() == 4 and not self._channels_last:  # convolutions keep this layout; depthwise ones are faster in it
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = self._laid_out(x)
         if self._whole:
             x = self._checkpointed(self.model.forward_features, ("model",), x)
         for plan in self._plans[start:]:
@@ -151,6 +196,12 @@ class Timm(Backbone):
             return nullcontext(), without_statistics([self.get_submodule(path) for path in paths])
 
         return checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the layout that convolutions keep, and depthwise ones are faster in."""
+        if x.dim() == 4 and not self._channels_last:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
 
     def _tokens(self, x: Tensor) -> Tensor:
         """[b, n, d] from tokens, a channels-first or a channels-last map."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from backbones.tiny_models import CHAINS, WHOLES, images, noised, tiny_timm
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from crossft.backbones import Timm
+from crossft.backbones import BatchNormPolicy, DomainBatchNorm, Timm, apply_batchnorm_policy, set_domains
 from crossft.backbones import weights as weights_module
 from crossft.errors import BackboneError, StageError
 
@@ -43,6 +46,58 @@ def test_unknown_stage_names_the_nearest() -> None:
         net.forward_from("blocks.1", torch.zeros(1), {}, ["stem"])
     with pytest.raises(StageError, match="belongs to no stage"):
         net.stage_of(torch.nn.Parameter(torch.zeros(2)))
+
+
+def _twice(x: torch.Tensor, features: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return 2 * features(x)
+
+
+def _broken(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no forward")
+
+
+@pytest.mark.parametrize(("name", "policy"), [("test_resnet", "per_domain"), ("test_vit", "frozen")])
+def test_a_forward_that_is_not_its_stages_is_refused(name: str, policy: BatchNormPolicy) -> None:
+    """Found once, at the first question; afterwards all is as it was."""
+    net = noised(tiny_timm(name, drop_rate=0.5)).train()
+    apply_batchnorm_policy(net, policy, 2)
+    ids = torch.tensor([0, 1, 1])
+    set_domains(net, ids)
+    second = net.stages[1].name
+    modes, state = [m.training for m in net.modules()], {k: v.clone() for k, v in net.state_dict().items()}
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    own = net.model.forward_features
+    net.model.forward_features = partial(_twice, features=own)  # as a patch of the instance would
+    assert "gives other values than its own forward when it runs in parts, from 'stem'" in net.can_start_from(second)
+    assert torch.equal(torch.rand(1), expected)
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert all(torch.equal(m.domains, ids) for m in net.modules() if isinstance(m, DomainBatchNorm))
+    with pytest.raises(StageError, match=r"cannot start from .* gives other values"):
+        net.forward_from(second, torch.zeros(1), {})
+    with pytest.raises(StageError, match=r"cannot be captured: .* gives other values"):
+        net(images(net), ["stem"])
+    del net.model.forward_features
+    assert net.can_start_from(second), "it is tried once"
+    assert "gives other values" in copy.deepcopy(net).can_start_from(second)
+
+
+def test_starting_from_a_stage_is_tried_once_when_first_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = tiny_timm("test_resnet")
+    net(images(net))
+    net.model.forward_features = _broken  # not called any more, unless the stages are tried
+    net(images(net))
+    assert "RuntimeError: no forward" in net.can_start_from("layer1")
+    calls: list[int] = []
+    net = pickle.loads(pickle.dumps(tiny_timm("test_resnet")))
+    own = type(net.model).forward_features
+    monkeypatch.setattr(type(net.model), "forward_features", lambda self, x: calls.append(1) or own(self, x))
+    assert net(images(net), ["layer1"]).stages["layer1"] is not None
+    assert net.can_start_from("layer2") is None
+    assert pickle.loads(pickle.dumps(net)).can_start_from("layer2") is None
+    assert len(calls) == 1
 
 
 def test_packaged_weights_recognize_a_daisy() -> None:
