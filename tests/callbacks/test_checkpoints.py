@@ -44,7 +44,13 @@ class Recorder(Callback):
         self.noise.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
 
 
-def train(data_root: Path, folder: Path, resume: Path | None = None, extra: tuple[Callback, ...] = (), **kwargs):
+EVERY_STEP = {"every_n_steps": 1, "keep": 100}
+
+
+def train(
+    data_root: Path, folder: Path, resume: Path | None = None, extra: tuple[Callback, ...] = (), saves=None, **kwargs
+):
+    """Fit, or resume; ``saves`` changes what is saved, by default every step."""
     seed_everything(7, verbose=False)
     data = DomainData(
         root=data_root, source="photo", target="sketch", train_on=["source", "target"], target_labels="none",
@@ -61,7 +67,7 @@ def train(data_root: Path, folder: Path, resume: Path | None = None, extra: tupl
     start = 0 if resume is None else load_checkpoint(resume)["global_step"]
     trainer = Trainer(
         **{"max_epochs": 3, "accumulate_grad_batches": 2, **kwargs},
-        callbacks=[DANN(hidden=8), L2SP(weight=0.1), recorder, Checkpoints(folder, every_n_steps=1, keep=100), *extra],
+        callbacks=[DANN(hidden=8), L2SP(weight=0.1), recorder, Checkpoints(folder, **(saves or EVERY_STEP)), *extra],
         plugins=[AtomicCheckpointIO()],
         logger=RunLog(folder, start),
         accelerator="cpu",
@@ -268,3 +274,38 @@ def test_a_kill_between_a_save_and_its_publication_is_mended(whole, tmp_path: Pa
         check(tmp_path / "checkpoints" / name)
         assert load_checkpoint(tmp_path / "checkpoints" / name)["global_step"] == steps
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_checkpoint_never_outlives_a_good_one(whole, tmp_path: Path, keep: int) -> None:
+    """The newest file lost its manifest, the run resumes from the one before: what it saves next must be valid."""
+    root, folder, _, _ = whole
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "anchors").symlink_to(folder / "anchors")
+    for step in (2, 5):
+        name = f"step-{step}.ckpt"
+        (tmp_path / "checkpoints" / name).write_bytes((folder / "checkpoints" / name).read_bytes())
+    good = tmp_path / "checkpoints" / "step-2.ckpt"
+    manifest_of(good).write_bytes(manifest_of(folder / "checkpoints" / "step-2.ckpt").read_bytes())
+    assert latest_valid(tmp_path / "checkpoints") == good
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append((trainer.global_step, [int(p.stem[5:]) for p in checkpoints(tmp_path)]))
+            if batch_idx % 2 == 0:
+                assert latest_valid(tmp_path / "checkpoints").name == f"step-{trainer.global_step}.ckpt"
+
+    train(root, tmp_path, resume=good, extra=(Look(),), saves={"every_n_steps": 1, "keep": keep}, max_steps=5)
+    assert seen[0] == (2, [2])
+    assert {step: kept for step, kept in seen}[4] == [3, 4][-keep:]
+
+
+def test_pruning_never_removes_what_was_just_saved(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for step in (1, 3, 4, 9):
+        (tmp_path / "checkpoints" / f"step-{step}.ckpt").touch()
+    callback = Checkpoints(tmp_path, keep=1)
+    callback.saved_step = 4
+    callback._prune(Trainer(logger=False, accelerator="cpu", plugins=[AtomicCheckpointIO()]))
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-4.ckpt", "step-9.ckpt"]

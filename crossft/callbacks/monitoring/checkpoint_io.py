@@ -16,7 +16,16 @@ from lightning.fabric.plugins import CheckpointIO
 from crossft.errors import CheckpointError, RunError, UnsafeCheckpointError
 from crossft.runs import read_json, replacing, write_json
 
-__all__ = ["AtomicCheckpointIO", "check", "latest_valid", "load_checkpoint", "manifest_of", "publish", "sha256"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "by_step",
+    "check",
+    "latest_valid",
+    "load_checkpoint",
+    "manifest_of",
+    "publish",
+    "sha256",
+]
 
 _STEP = re.compile(r"^step-(\d+)\.ckpt$")
 
@@ -53,12 +62,15 @@ def check(path: Path) -> None:
         raise CheckpointError(f"{path} does not match the checksum in {manifest.name}: it is damaged; use another one")
 
 
+def by_step(folder: Path) -> dict[int, Path]:
+    """Every ``step-N.ckpt`` in ``folder`` by N, the newest first, valid or not."""
+    found = {int(m.group(1)): p for p in folder.glob("*") if (m := _STEP.match(p.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
 def latest_valid(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder`` that is complete and undamaged, or None."""
-    if not folder.is_dir():
-        return None
-    found = [(int(m.group(1)), p) for p in folder.iterdir() if (m := _STEP.match(p.name))]
-    for _, path in sorted(found, reverse=True):
+    for path in by_step(folder).values():
         try:
             check(path)
         except CheckpointError:

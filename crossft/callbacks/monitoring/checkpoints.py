@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from crossft.callbacks.monitoring.anchors import Anchors
-from crossft.callbacks.monitoring.checkpoint_io import latest_valid, publish
+from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, by_step, latest_valid, publish
 from crossft.callbacks.monitoring.stopping import Stopping
 from crossft.errors import CheckpointError, ConfigError, Interrupted
 from crossft.runs import RunFolder
@@ -163,8 +163,9 @@ class Checkpoints(Checkpoint):
         return score if math.isfinite(score) else None  # undefined, so it chooses nothing
 
     def _prune(self, trainer: Trainer) -> None:
-        files = sorted(self.folder.checkpoints.glob("step-*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
-        for path in files[: -self.keep]:
+        """Keep the checkpoint just saved and the newest before it, ``keep`` in all."""
+        before = [path for step, path in by_step(self.folder.checkpoints).items() if step < self.saved_step]
+        for path in before[self.keep - 1 :]:
             trainer.strategy.remove_checkpoint(path)
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -193,7 +194,14 @@ class Checkpoints(Checkpoint):
             self._mend()
 
     def _mend(self) -> None:
-        """Finish what a kill between a save and its publication left undone, and remove half-written files."""
+        """Finish what a kill between a save and its publication left undone, and remove half-written files.
+
+        Checkpoints of later steps are damaged, or would not have been passed over: they go, so that none of them is
+        ever kept in place of a good one.
+        """
+        for step, later in by_step(self.folder.checkpoints).items():
+            if step > self.saved_step:
+                AtomicCheckpointIO().remove_checkpoint(later)
         path = self._path(self.saved_step)
         if path.is_file():
             publish(path, "last.ckpt")
