@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -210,6 +211,26 @@ def test_hyper_parameters_of_a_checkpoint_are_not_read(
         assert code == 0
     (new,) = (tmp_path / "from" / "tiny").iterdir()
     assert yaml.safe_load((new / "config.yaml").read_text())["model"]["init_args"]["label_smoothing"] == 0.0
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02Nb.", b"\x80\x02K\x01K\x02s.", b"", b"PK\x03\x04"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_that_no_pickler_wrote(
+    finished: Path, fit: Callable[..., int], tmp_path: Path, content: bytes, zipped: bool, capsys
+) -> None:
+    file = tmp_path / "odd.ckpt"
+    file.write_bytes(content)
+    if zipped:
+        torch.save({}, file)
+        with zipfile.ZipFile(file) as whole:
+            parts = {name: whole.read(name) for name in whole.namelist()}
+        with zipfile.ZipFile(file, "w") as odd:
+            for name, part in parts.items():
+                odd.writestr(name, content if name.endswith("data.pkl") else part)
+    with pytest.raises(CheckpointError, match=re.escape(str(file))):
+        load_checkpoint(file)
+    assert fit(tmp_path / "from", f"--init={file}") == 1
+    assert str(file) in capsys.readouterr().err
 
 
 def test_foreign_and_malformed_checkpoints(finished: Path, fit: Callable[..., int], tmp_path: Path, capsys) -> None:
