@@ -271,6 +271,34 @@ def test_summary_that_names_a_file_elsewhere(finished: Path, tmp_path: Path, pat
     assert "lies outside" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"runs": ["../other.ckpt"]}', '{"runs": ["ABSOLUTE"]}', '{"runs": ["."]}', '{"runs": ["1-b", "1-b/.."]}',
+     '{"runs": ["a\\u0000b"]}', '{"runs": [3]}', '{"runs": []}', '{"runs": {"a": 1}}', "{}", "[]", "null", "no JSON"],
+)  # fmt: skip
+def test_sequence_that_names_a_leg_elsewhere(finished: Path, tmp_path: Path, text: str, fit, capsys) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.ckpt"
+    shutil.copytree(finished, run)
+    shutil.copy(finished / "checkpoints" / "last.ckpt", other)
+    (run / "sequence.json").write_text(text.replace("ABSOLUTE", str(other)))
+    assert main(["test", str(run)]) == 1
+    assert "sequence.json" in capsys.readouterr().err
+    assert fit(tmp_path / "from", f"--init={run}") == 1
+    assert "sequence.json" in capsys.readouterr().err
+
+
+def test_before_that_holds_no_metrics(fit: Callable[..., int], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("STOP_IN", "target")
+    monkeypatch.setenv("STOP_AT", "0")
+    run, words = tmp_path / "run", ["--trainer.callbacks=interrupting.StopAt", "--allow=interrupting"]
+    assert fit(tmp_path, *words, "--source_leg=null", f"--run.dir={run}") == 143
+    for text in ("{}", "[]", "null", '{"metrics": [1]}', '{"metrics": {"a": "b"}}', "no JSON"):
+        (run / "before.json").write_text(text)
+        capsys.readouterr()
+        assert main(["resume", str(run), "--allow=interrupting"]) == 1
+        assert "before.json" in capsys.readouterr().err
+
+
 def test_manifest_that_names_another_file(finished: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
