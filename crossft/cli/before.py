@@ -12,7 +12,7 @@ from crossft.data import DomainData
 from crossft.errors import RunError
 from crossft.runs import RunFolder, config_hash, read_json, write_json
 
-__all__ = ["adopt_before", "keep_before", "shared_before"]
+__all__ = ["adopt_before", "keep_before", "read_before", "shared_before"]
 
 _SECTIONS = ("model", "data", "trainer")
 _NOT_MEASURED = (
@@ -42,10 +42,24 @@ def shared_before(settings: Settings, data: DomainData, init: Path) -> Path | No
     return parent.path / "measured" / f"{config_hash({**measured, **content}, _NOT_MEASURED)}.json"
 
 
+def read_before(path: Path) -> dict[str, float]:
+    """The metrics in a ``before.json``.
+
+    Raises:
+        RunError: it holds none.
+    """
+    found = read_json(path)
+    metrics = found.get("metrics") if isinstance(found, dict) else None
+    if not isinstance(metrics, dict) or not all(v is None or type(v) in (int, float) for v in metrics.values()):
+        raise RunError(f"{path} does not hold metrics by name; remove the file, and the run measures them again")
+    return metrics
+
+
 def adopt_before(folder: RunFolder, shared: Path | None) -> None:
     """Take over what a sibling measured; for the first process, before any other exists."""
     if shared is not None and shared.is_file() and not folder.before.is_file():
         with suppress(RunError):  # damaged: it is measured again
+            read_before(shared)
             write_json(folder.before, read_json(shared))
 
 

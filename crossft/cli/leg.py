@@ -27,7 +27,7 @@ from crossft.callbacks.monitoring import (
 )
 from crossft.callbacks.monitoring.oracle import Oracle
 from crossft.callbacks.monitoring.scores import Scores
-from crossft.cli.before import keep_before, shared_before
+from crossft.cli.before import keep_before, read_before, shared_before
 from crossft.cli.diagnosis import PARTS, Diagnosis, diagnose, sentence
 from crossft.cli.launch import Launch
 from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
@@ -46,7 +46,7 @@ from crossft.cli.slurm import environment, refuse_strays
 from crossft.cli.weights import load_weights
 from crossft.data import DomainData
 from crossft.errors import ConfigError, Interrupted, Pruned
-from crossft.runs import RunFolder, higher_is_better, read_json, write_json
+from crossft.runs import RunFolder, higher_is_better, write_json
 from crossft.sweeps.early import EarlyTerminate
 from crossft.sweeps.study import TrialReports
 from crossft.tasks import Task
@@ -218,7 +218,7 @@ class Leg:
     def _before(self, task: Task, trained: frozenset[str]) -> dict[str, float]:
         """The starting model on the test splits, measured once a run; only of domains whose head is trained."""
         if self.folder.before.is_file():
-            return dict(read_json(self.folder.before)["metrics"])
+            return read_before(self.folder.before)
         names = task.evaluation.names
         known = tuple(f"{names[d.name]}/test/" for d in task.domains if task.head_keys[d.name] in trained)
         found = measure(self.settings, task, self.data, methods=[self.stopping]) if known else {}

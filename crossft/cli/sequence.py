@@ -12,6 +12,7 @@ import numpy as np
 from lightning.pytorch import seed_everything
 
 from crossft.callbacks.monitoring import Stopping, latest_valid
+from crossft.cli.before import read_before
 from crossft.cli.leg import Leg, build_task, measure
 from crossft.cli.legs import Chain, prepared
 from crossft.cli.parser import Settings
@@ -210,7 +211,7 @@ class Sequence(Chain):
         rows: list[dict[str, dict[str, float]]] = []
         for leg in self._leg_folders(folder, data):
             if not rows and leg.before.is_file():
-                rows.append(_by_domain(leg, read_json(leg.before)["metrics"]))
+                rows.append(_by_domain(leg, read_before(leg.before)))
             if _state(leg) != "finished":
                 break
             rows.append(_by_domain(leg, leg.summary()["metrics"]))

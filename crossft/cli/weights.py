@@ -24,25 +24,35 @@ def checkpoint_of(path: Path | str) -> Path:
     of a sequence, that of its last leg.
 
     Raises:
-        CheckpointError: there is none, or the summary names a file outside the run's checkpoints.
+        CheckpointError: there is none, or ``summary.json`` or ``sequence.json`` names one outside of its folder.
         RunError: the path does not exist, or is no run folder.
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".json":
         return path
     folder = RunFolder.open(path)
-    if (folder.path / SEQUENCE).is_file():
-        return checkpoint_of(folder.path / str(read_json(folder.path / SEQUENCE)["runs"][-1]))
-    named = str(folder.summary().get("checkpoint") or "checkpoints/last.ckpt")
-    file = folder.path / named
-    if not file.resolve().is_relative_to(folder.checkpoints.resolve()):
-        raise CheckpointError(
-            f"{folder.summary_file} names the checkpoint {named!r}, which lies outside {folder.checkpoints}; "
-            "only a file in there is read"
-        )
+    sequence = folder.path / SEQUENCE
+    if sequence.is_file():
+        found = read_json(sequence)
+        runs = found.get("runs") if isinstance(found, dict) else None
+        return checkpoint_of(_named(sequence, runs[-1] if isinstance(runs, list) and runs else None, folder.path))
+    named = folder.summary().get("checkpoint") or "checkpoints/last.ckpt"
+    file = _named(folder.summary_file, named, folder.checkpoints)
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: the run has saved nothing yet; resume it, or choose another run")
     return file
+
+
+def _named(by: Path, named: object, inside: Path) -> Path:
+    """The path that a run's file names, from its own folder on; only one inside of ``inside`` is followed."""
+    if isinstance(named, str) and "\0" not in named:
+        path = by.parent / named
+        if inside.resolve() in path.resolve().parents:
+            return path
+    raise CheckpointError(
+        f"{by} names {named!r}, which is no path or lies outside {inside}; only what is in there is read: "
+        "restore the file, or name a checkpoint by its own path"
+    )
 
 
 def read_domains(checkpoint: dict[str, Any], path: Path) -> tuple[Domain, ...]:

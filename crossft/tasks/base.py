@@ -234,11 +234,8 @@ class Task(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``DOMAIN/val/METRIC``."""
+        """Log ``DOMAIN/val/METRIC``; a schedule that follows a metric sees it, before callbacks save."""
         self._log_evaluation("val")
-
-    def on_validation_end(self) -> None:
-        """Let a schedule that follows a metric see it."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.schedule.observe(self.trainer.callback_metrics)
 

@@ -27,7 +27,7 @@ from crossft.callbacks.monitoring.checkpoint_io import check, manifest_of, publi
 from crossft.callbacks.retention import L2SP
 from crossft.data import DomainData
 from crossft.errors import CheckpointError, Interrupted
-from crossft.optim import Cosine
+from crossft.optim import Cosine, Plateau, Schedule
 from crossft.runs import RunFolder, read_metrics
 from crossft.tasks import Classification
 
@@ -44,7 +44,19 @@ class Recorder(Callback):
         self.noise.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
 
 
-def train(data_root: Path, folder: Path, resume: Path | None = None, extra: tuple[Callback, ...] = (), **kwargs):
+EVERY_STEP = {"every_n_steps": 1, "keep": 100}
+
+
+def train(
+    data_root: Path,
+    folder: Path,
+    resume: Path | None = None,
+    extra: tuple[Callback, ...] = (),
+    saves: dict | None = None,
+    schedule: Schedule | None = None,
+    **kwargs,
+):
+    """Fit, or resume; ``saves`` changes what is saved, by default every step."""
     seed_everything(7, verbose=False)
     data = DomainData(
         root=data_root, source="photo", target="sketch", train_on=["source", "target"], target_labels="none",
@@ -54,20 +66,19 @@ def train(data_root: Path, folder: Path, resume: Path | None = None, extra: tupl
     task = Classification(
         TinyVision(dropout=0.3, batchnorm=True),
         list(data.domains),
-        schedule=Cosine(warmup=2),
+        schedule=schedule or Cosine(warmup=2),
         batchnorm="training",
     )
     recorder = Recorder()
     start = 0 if resume is None else load_checkpoint(resume)["global_step"]
     trainer = Trainer(
-        **{"max_epochs": 3, "accumulate_grad_batches": 2, **kwargs},
-        callbacks=[DANN(hidden=8), L2SP(weight=0.1), recorder, Checkpoints(folder, every_n_steps=1, keep=100), *extra],
+        **{"max_epochs": 3, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, **kwargs},
+        callbacks=[DANN(hidden=8), L2SP(weight=0.1), recorder, Checkpoints(folder, **(saves or EVERY_STEP)), *extra],
         plugins=[AtomicCheckpointIO()],
         logger=RunLog(folder, start),
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
@@ -268,3 +279,129 @@ def test_a_kill_between_a_save_and_its_publication_is_mended(whole, tmp_path: Pa
         check(tmp_path / "checkpoints" / name)
         assert load_checkpoint(tmp_path / "checkpoints" / name)["global_step"] == steps
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_checkpoint_never_outlives_a_good_one(whole, tmp_path: Path, keep: int) -> None:
+    """The newest file lost its manifest, the run resumes from the one before: what it saves next must be valid."""
+    root, folder, _, _ = whole
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "anchors").symlink_to(folder / "anchors")
+    for step in (2, 5):
+        name = f"step-{step}.ckpt"
+        (tmp_path / "checkpoints" / name).write_bytes((folder / "checkpoints" / name).read_bytes())
+    good = tmp_path / "checkpoints" / "step-2.ckpt"
+    manifest_of(good).write_bytes(manifest_of(folder / "checkpoints" / "step-2.ckpt").read_bytes())
+    assert latest_valid(tmp_path / "checkpoints") == good
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append((trainer.global_step, [int(p.stem[5:]) for p in checkpoints(tmp_path)]))
+            if batch_idx % 2 == 0:
+                assert latest_valid(tmp_path / "checkpoints").name == f"step-{trainer.global_step}.ckpt"
+
+    train(root, tmp_path, resume=good, extra=(Look(),), saves={"every_n_steps": 1, "keep": keep}, max_steps=5)
+    assert seen[0] == (2, [2])
+    assert {step: kept for step, kept in seen}[4] == [3, 4][-keep:]
+
+
+def test_pruning_never_removes_what_was_just_saved(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for step in (1, 3, 4, 9):
+        (tmp_path / "checkpoints" / f"step-{step}.ckpt").touch()
+    callback = Checkpoints(tmp_path, keep=1)
+    callback.saved_step = 4
+    callback._prune(Trainer(logger=False, accelerator="cpu", plugins=[AtomicCheckpointIO()]))
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-4.ckpt", "step-9.ckpt"]
+
+
+# -- validations within an epoch: of 6 micro-batches ---------------------------------------------------------------
+
+
+class Scripted(Callback):
+    """Logs a score by optimizer step, 0.1 elsewhere; keeps the step and the state of every model it is given to."""
+
+    def __init__(self, scores: dict[int, float]) -> None:
+        self.scores = scores
+        self.validated: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        pl_module.log("a/val/score", torch.tensor(self.scores.get(trainer.global_step, 0.1)))
+        if not trainer.sanity_checking:
+            self.validated.append((trainer.global_step, {k: v.clone() for k, v in pl_module.state_dict().items()}))
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [int(p.stem[5:]) for p in checkpoints(folder)]
+
+
+def test_the_best_checkpoint_is_the_model_whose_score_was_best(whole, tmp_path: Path) -> None:
+    """Validations at steps 4, 10 and 16, epoch ends at 6, 12 and 18; the sanity check's score is no model's."""
+    scripted = Scripted({0: 9.0, 4: 0.5, 10: 0.9, 16: 0.7})
+    more = {"accumulate_grad_batches": 1, "val_check_interval": 4, "num_sanity_val_steps": 1}
+    train(whole[0], tmp_path, extra=(scripted,), saves={"monitor": "a/val/score", "keep": 100}, **more)
+    assert [step for step, _ in scripted.validated] == [4, 10, 16]
+    best = load_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
+    assert best["global_step"] == 10
+    equal(best["state_dict"], scripted.validated[1][1])
+    assert saved_steps(tmp_path) == [4, 6, 10, 12, 18], "at 16 nothing was best, or due"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_validations_save_resumes_to_the_same_bits(whole, tmp_path: Path, accumulate: int) -> None:
+    """Every save that falls on a validation is made, and a resume neither repeats the validation nor forgets it.
+
+    With accumulation one of two validations comes between steps; the best one does, and ``best.ckpt`` is that model.
+    """
+    root = whole[0]
+
+    def fit(folder: Path, resume: Path | None = None) -> Scripted:
+        scores = {8: 0.9, 14: 0.8} if accumulate == 1 else {4: 0.9, 7: 0.8}
+        scripted, schedule = Scripted(scores), Plateau("a/val/score", "max", factor=0.5, patience=0)
+        more = {"accumulate_grad_batches": accumulate, "val_check_interval": 2 if accumulate == 1 else 3}
+        saves = {"monitor": "a/val/score", "every_n_steps": 2 if accumulate == 1 else 1, "keep": 100}
+        train(root, folder, resume=resume, extra=(scripted,), saves=saves, schedule=schedule, **more)
+        return scripted
+
+    first = fit(tmp_path / "whole")
+    steps = list(range(2, 19, 2)) if accumulate == 1 else list(range(1, 10))
+    assert saved_steps(tmp_path / "whole") == steps
+    final = {n: load_checkpoint(tmp_path / "whole" / "checkpoints" / f"{n}.ckpt") for n in ("last", "best")}
+    assert final["best"]["global_step"] == (8 if accumulate == 1 else 4)
+    equal(final["best"]["state_dict"], next(v for step, v in first.validated if step == final["best"]["global_step"]))
+    for path in checkpoints(tmp_path / "whole")[:-1]:
+        start, run = int(path.stem[5:]), tmp_path / path.stem
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "anchors").symlink_to(tmp_path / "whole" / "anchors")
+        (run / "metrics.csv").write_bytes((tmp_path / "whole" / "metrics.csv").read_bytes())
+        for file in (path, manifest_of(path)):
+            (run / "checkpoints" / file.name).write_bytes(file.read_bytes())
+        again = fit(run, run / "checkpoints" / path.name)
+        between = {start} if accumulate == 2 and start % 3 == 1 else set()  # the validation after micro-batch 3
+        assert [s for s, _ in again.validated] == [s for s, _ in first.validated if s > start or s in between]
+        for name, expected in final.items():
+            if name == "best" and start > expected["global_step"]:
+                continue  # it was written before
+            found = load_checkpoint(run / "checkpoints" / f"{name}.ckpt")
+            for part in ("state_dict", "optimizer_states", "terms", "schedule", "global_step", "callbacks", "loops"):
+                equal(expected[part], found[part], f"from step {start}: {name}, {part}")
+        assert repr(read_metrics(run / "metrics.csv")) == repr(read_metrics(tmp_path / "whole" / "metrics.csv"))
+
+
+@pytest.mark.parametrize("micro", [4, 5])
+def test_a_signal_before_a_validation_stops_after_it(whole, tmp_path: Path, micro: int) -> None:
+    """In the step of micro-batches 3 and 4 or in the next; the validation after the fourth belongs to step 2."""
+    with pytest.raises(Interrupted, match=rf"at optimizer step {(micro + 1) // 2}, after saving"):
+        train(whole[0], tmp_path, extra=(TerminateAt(micro),), saves={"keep": 2}, val_check_interval=4)
+    assert saved_steps(tmp_path) == [(micro + 1) // 2]
+
+
+def test_a_signal_within_a_validation_stops_at_its_end(whole, tmp_path: Path) -> None:
+    class Terminate(Callback):
+        def on_validation_start(self, trainer, pl_module) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="at optimizer step 2, after saving"):
+        train(whole[0], tmp_path, extra=(Terminate(),), saves={"keep": 2}, val_check_interval=4)
+    assert saved_steps(tmp_path) == [2]

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -212,6 +213,26 @@ def test_hyper_parameters_of_a_checkpoint_are_not_read(
     assert yaml.safe_load((new / "config.yaml").read_text())["model"]["init_args"]["label_smoothing"] == 0.0
 
 
+@pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02Nb.", b"\x80\x02K\x01K\x02s.", b"", b"PK\x03\x04"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_that_no_pickler_wrote(
+    finished: Path, fit: Callable[..., int], tmp_path: Path, content: bytes, zipped: bool, capsys
+) -> None:
+    file = tmp_path / "odd.ckpt"
+    file.write_bytes(content)
+    if zipped:
+        torch.save({}, file)
+        with zipfile.ZipFile(file) as whole:
+            parts = {name: whole.read(name) for name in whole.namelist()}
+        with zipfile.ZipFile(file, "w") as odd:
+            for name, part in parts.items():
+                odd.writestr(name, content if name.endswith("data.pkl") else part)
+    with pytest.raises(CheckpointError, match=re.escape(str(file))):
+        load_checkpoint(file)
+    assert fit(tmp_path / "from", f"--init={file}") == 1
+    assert str(file) in capsys.readouterr().err
+
+
 def test_foreign_and_malformed_checkpoints(finished: Path, fit: Callable[..., int], tmp_path: Path, capsys) -> None:
     for name, content in {
         "weights": {"state_dict": {}},
@@ -248,6 +269,34 @@ def test_summary_that_names_a_file_elsewhere(finished: Path, tmp_path: Path, pat
     (run / "summary.json").write_text(json.dumps({**summary, "checkpoint": path}))
     assert main(["test", str(run)]) == 1
     assert "lies outside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"runs": ["../other.ckpt"]}', '{"runs": ["ABSOLUTE"]}', '{"runs": ["."]}', '{"runs": ["1-b", "1-b/.."]}',
+     '{"runs": ["a\\u0000b"]}', '{"runs": [3]}', '{"runs": []}', '{"runs": {"a": 1}}', "{}", "[]", "null", "no JSON"],
+)  # fmt: skip
+def test_sequence_that_names_a_leg_elsewhere(finished: Path, tmp_path: Path, text: str, fit, capsys) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.ckpt"
+    shutil.copytree(finished, run)
+    shutil.copy(finished / "checkpoints" / "last.ckpt", other)
+    (run / "sequence.json").write_text(text.replace("ABSOLUTE", str(other)))
+    assert main(["test", str(run)]) == 1
+    assert "sequence.json" in capsys.readouterr().err
+    assert fit(tmp_path / "from", f"--init={run}") == 1
+    assert "sequence.json" in capsys.readouterr().err
+
+
+def test_before_that_holds_no_metrics(fit: Callable[..., int], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("STOP_IN", "target")
+    monkeypatch.setenv("STOP_AT", "0")
+    run, words = tmp_path / "run", ["--trainer.callbacks=interrupting.StopAt", "--allow=interrupting"]
+    assert fit(tmp_path, *words, "--source_leg=null", f"--run.dir={run}") == 143
+    for text in ("{}", "[]", "null", '{"metrics": [1]}', '{"metrics": {"a": "b"}}', "no JSON"):
+        (run / "before.json").write_text(text)
+        capsys.readouterr()
+        assert main(["resume", str(run), "--allow=interrupting"]) == 1
+        assert "before.json" in capsys.readouterr().err
 
 
 def test_manifest_that_names_another_file(finished: Path, tmp_path: Path, capsys) -> None:

@@ -78,6 +78,25 @@ def test_the_oracle_stands_apart_and_gives_the_regret(chosen: RunFolder) -> None
     assert not any(row.name.startswith("oracle") for row in read_metrics(chosen.metrics))
 
 
+def test_a_model_validated_between_steps_can_be_chosen(fit: Fit, tmp_path: Path) -> None:
+    """Every validation follows micro-batch 3, the first of an accumulation of 2: the model after a step and a half."""
+    words = ["--select=source/val/loss", "--select.oracle=true", "--trainer.accumulate_grad_batches=2"]
+    words += ["--trainer.val_check_interval=3", "--trainer.limit_train_batches=5", "--data.batch_size=2"]
+    words += [f"--run.dir={tmp_path / 'run'}"]
+    assert fit(tmp_path, *FLAGS, *words) == 0
+    run = RunFolder(tmp_path / "run")
+    losses = logged(run, "source/val/loss")
+    with (run.path / "oracle.csv").open() as file:
+        scores = {int(r["step"]): float(r["value"]) for r in csv.DictReader(file)}
+    assert set(scores) == set(losses)
+    assert len(losses) == 3
+    metrics, chosen = run.summary()["metrics"], min(losses, key=losses.__getitem__)
+    assert load_checkpoint(run.best)["global_step"] == chosen - 1
+    assert metrics["source/val/loss"] == pytest.approx(losses[chosen], rel=1e-4)
+    assert metrics["target/test/accuracy"] == pytest.approx(scores[chosen])
+    assert metrics["oracle/target/regret/source/val/accuracy"] is not None
+
+
 def test_target_labels_move_the_oracle_alone(chosen: RunFolder, fit: Fit, images: Path, tmp_path: Path) -> None:
     """With the target's labels permuted, weights, choice and all other metrics are the same bits."""
     data = tmp_path / "data"

@@ -16,7 +16,16 @@ from lightning.fabric.plugins import CheckpointIO
 from crossft.errors import CheckpointError, RunError, UnsafeCheckpointError
 from crossft.runs import read_json, replacing, write_json
 
-__all__ = ["AtomicCheckpointIO", "check", "latest_valid", "load_checkpoint", "manifest_of", "publish", "sha256"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "by_step",
+    "check",
+    "latest_valid",
+    "load_checkpoint",
+    "manifest_of",
+    "publish",
+    "sha256",
+]
 
 _STEP = re.compile(r"^step-(\d+)\.ckpt$")
 
@@ -53,12 +62,15 @@ def check(path: Path) -> None:
         raise CheckpointError(f"{path} does not match the checksum in {manifest.name}: it is damaged; use another one")
 
 
+def by_step(folder: Path) -> dict[int, Path]:
+    """Every ``step-N.ckpt`` in ``folder`` by N, the newest first, valid or not."""
+    found = {int(m.group(1)): p for p in folder.glob("*") if (m := _STEP.match(p.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
 def latest_valid(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder`` that is complete and undamaged, or None."""
-    if not folder.is_dir():
-        return None
-    found = [(int(m.group(1)), p) for p in folder.iterdir() if (m := _STEP.match(p.name))]
-    for _, path in sorted(found, reverse=True):
+    for path in by_step(folder).values():
         try:
             check(path)
         except CheckpointError:
@@ -83,7 +95,7 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             f"{path} holds more than tensors and plain values, so it is not loaded: {_first_line(error)}. "
             "Convert it with the program that wrote it, to safetensors or a plain state dict"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's unpickler lets whatever a malformed file leads to through, as IndexError
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint (a mapping)")

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from crossft.callbacks.monitoring.anchors import Anchors
-from crossft.callbacks.monitoring.checkpoint_io import latest_valid, publish
+from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, by_step, latest_valid, publish
 from crossft.callbacks.monitoring.stopping import Stopping
 from crossft.errors import CheckpointError, ConfigError, Interrupted
 from crossft.runs import RunFolder
@@ -30,6 +30,8 @@ class Checkpoints(Checkpoint):
 
     A save happens at the end of every epoch, after validation, and every ``every_minutes`` or ``every_n_steps`` in
     between; on a signal at the next such boundary, on all processes together. It holds every process's RNG.
+    Every validation chooses: the best model so far is saved as it was validated. Between the optimizer steps of an
+    accumulation that is ``best.ckpt`` alone: a model, and no place to resume at.
     Use it with ``AtomicCheckpointIO`` among the trainer's plugins.
 
     Args:
@@ -66,6 +68,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.keep, self.monitor, self.mode = every_n_steps, keep, monitor, mode
         self.best_score: float | None = None
         self.best_step = self.saved_step = -1
+        self._pending = False
         self._rng: dict[str, Any] | None = None
         self.stopping = stopping or Stopping()
 
@@ -91,12 +94,36 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when due; at the last batch, or before a validation, the save waits until that is done."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or self._ends_epoch(trainer, batch_idx):
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if loop._should_accumulate() or _ends_epoch(trainer):
             return
-        wanted = self.stopping.received is not None or (trainer.is_global_zero and self._due(trainer.global_step))
-        if trainer.strategy.reduce_boolean_decision(wanted, all=False):
+        assert fetcher is not None
+        due = self._pending or (trainer.is_global_zero and self._due(trainer.global_step))
+        self._pending = self._wanted(trainer, due)
+        if self._pending and not loop._should_check_val_fx(fetcher):
             self._save(trainer)
             self._stop_if_told(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the model if it is the best so far, and what waited; at the last batch the epoch's own save does both.
+
+        Between optimizer steps only ``best.ckpt`` is written: nothing can resume there.
+        """
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        improved = trainer.strategy.reduce_boolean_decision(self._improve(trainer), all=False)
+        if _ends_epoch(trainer):
+            return
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            if improved:
+                trainer.save_checkpoint(self.folder.best)
+        elif self._wanted(trainer, improved or self._pending):
+            self._save(trainer)
+            self._stop_if_told(trainer)
+
+    def _wanted(self, trainer: Trainer, due: bool) -> bool:
+        """Whether a save is due, or a signal came, in any process."""
+        return bool(trainer.strategy.reduce_boolean_decision(due or self.stopping.received is not None, all=False))
 
     def _due(self, step: int) -> bool:
         by_count = self.every_n_steps is not None and step % self.every_n_steps == 0
@@ -111,15 +138,9 @@ class Checkpoints(Checkpoint):
             word = told.received.name if told.received is not None else "a signal to another process"
             raise Interrupted(f"stopped by {word} at optimizer step {trainer.global_step}, after saving", requeue)
 
-    @staticmethod
-    def _ends_epoch(trainer: Trainer, batch_idx: int) -> bool:
-        last = batch_idx + 1 >= trainer.num_training_batches
-        every = trainer.val_check_batch
-        return last or (isinstance(every, int) and every > 0 and (batch_idx + 1) % every == 0)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after validation and after all other callbacks."""
-        self._save(trainer, best=True)
+        self._save(trainer)
         self._stop_if_told(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,19 +151,13 @@ class Checkpoints(Checkpoint):
 
     # -- saving ------------------------------------------------------------------------------------------------
 
-    def _save(self, trainer: Trainer, best: bool = False) -> None:
-        score = self._score(trainer) if best else None
-        improved = score is not None and (
-            self.best_score is None or ((score > self.best_score) == (self.mode == "max") and score != self.best_score)
-        )
-        step = self.saved_step = trainer.global_step
-        if improved:
-            self.best_score, self.best_step = score, step
-        path = self._path(step)
+    def _save(self, trainer: Trainer) -> None:
+        self.saved_step, self._pending = trainer.global_step, False
+        path = self._path(self.saved_step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             publish(path, "last.ckpt")
-            if improved:
+            if self.best_step == self.saved_step:
                 publish(path, "best.ckpt")
             self._prune(trainer)
         self._saved_at = time.monotonic()
@@ -151,20 +166,24 @@ class Checkpoints(Checkpoint):
     def _path(self, step: int) -> Path:
         return self.folder.checkpoints / f"step-{step}.ckpt"
 
-    def _score(self, trainer: Trainer) -> float | None:
+    def _improve(self, trainer: Trainer) -> bool:
+        """Whether the model just validated is the best so far; one without a finite score chooses nothing."""
         if self.monitor is None:
-            return None
+            return False
         if self.monitor not in trainer.callback_metrics:
             known = sorted(k for k in trainer.callback_metrics if "/val/" in k)
-            if not known:
-                return None  # no validation has run yet: check_val_every_n_epoch, or a fit shorter than an epoch
             raise ConfigError(f"select={self.monitor!r} was not measured; validation gives {', '.join(known)}")
-        score = float(trainer.callback_metrics[self.monitor])
-        return score if math.isfinite(score) else None  # undefined, so it chooses nothing
+        score, best = float(trainer.callback_metrics[self.monitor]), self.best_score
+        better = best is None or (score > best if self.mode == "max" else score < best)
+        if not (better and math.isfinite(score)):
+            return False
+        self.best_score, self.best_step = score, trainer.global_step
+        return True
 
     def _prune(self, trainer: Trainer) -> None:
-        files = sorted(self.folder.checkpoints.glob("step-*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
-        for path in files[: -self.keep]:
+        """Keep the checkpoint just saved and the newest before it, ``keep`` in all."""
+        before = [path for step, path in by_step(self.folder.checkpoints).items() if step < self.saved_step]
+        for path in before[self.keep - 1 :]:
             trainer.strategy.remove_checkpoint(path)
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -193,7 +212,14 @@ class Checkpoints(Checkpoint):
             self._mend()
 
     def _mend(self) -> None:
-        """Finish what a kill between a save and its publication left undone, and remove half-written files."""
+        """Finish what a kill between a save and its publication left undone, and remove half-written files.
+
+        Checkpoints of later steps are damaged, or would not have been passed over: they go, so that none of them is
+        ever kept in place of a good one.
+        """
+        for step, later in by_step(self.folder.checkpoints).items():
+            if step > self.saved_step:
+                AtomicCheckpointIO().remove_checkpoint(later)
         path = self._path(self.saved_step)
         if path.is_file():
             publish(path, "last.ckpt")
@@ -205,6 +231,12 @@ class Checkpoints(Checkpoint):
     def latest(self) -> Path | None:
         """The newest valid checkpoint of the run."""
         return latest_valid(self.folder.checkpoints)
+
+
+def _ends_epoch(trainer: Trainer) -> bool:
+    """Whether no batch follows in this epoch, so that its own save is next."""
+    loop = trainer.fit_loop.epoch_loop
+    return bool(loop.done or loop._is_training_done)  # right after a resume, ``done`` alone waits for a validation
 
 
 def _get_rng() -> dict[str, Any]:

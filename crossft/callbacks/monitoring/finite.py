@@ -17,8 +17,8 @@ class FiniteCheck(Callback):
     """Stops training once the loss or a weight is NaN or infinite.
 
     The loss of every step is looked at on its device, without waiting for it; what was seen is asked for, together
-    with the weights, every ``trainer.log_every_n_steps`` optimizer steps, before a validation and at the end of an
-    epoch. All processes stop together. It stands before the checkpoints, so that the last one saved is from before.
+    with the weights, every ``trainer.log_every_n_steps`` optimizer steps, before a validation, at the end of an epoch
+    and before every save. All processes stop together; the last checkpoint is from before.
 
     Raises:
         TrainingError: with the step at which the loss was first not finite.
@@ -51,6 +51,11 @@ class FiniteCheck(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look before the epoch's checkpoint."""
         self._check(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look before anything is written."""
+        if self._first is not None:
+            self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._first is not None

@@ -29,7 +29,7 @@ class Oracle(Callback):
     chosen.
 
     Args:
-        folder: where to keep them: ``step-N.safetensors``, N counting optimizer steps.
+        folder: where to keep them: ``step-N.safetensors``, N the optimizer step (from 1) the validation is logged in.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,8 @@ class Oracle(Callback):
                     found[prepared.domain.name] = seen_by(pl_module, data, {number: rows}, partial(_predict, pl_module))
         if trainer.is_global_zero and found:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.folder / f"step-{trainer.global_step}.safetensors") as temporary:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1  # within an accumulation the one under way
+            with replacing(self.folder / f"step-{step}.safetensors") as temporary:
                 save_file({k: v.contiguous() for k, v in found.items()}, temporary)
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from tiny import TinyVision, flat, image_domains
 
-from crossft.callbacks.monitoring import FiniteCheck
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, FiniteCheck, latest_valid, load_checkpoint
 from crossft.data import DomainData
 from crossft.errors import TrainingError
 from crossft.tasks import Classification
@@ -42,8 +42,9 @@ def fit(root: Path, callbacks: list[Callback], every: int = 50, accumulate: int 
     task = Classification(TinyVision(), list(data.domains), optimizer=lambda p: torch.optim.SGD(p, lr=lr))
     trainer = Trainer(
         max_epochs=3, accumulate_grad_batches=accumulate, callbacks=callbacks, logger=False, log_every_n_steps=every,
-        enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, use_distributed_sampler=False,
+        enable_checkpointing=any(isinstance(c, Checkpoints) for c in callbacks), plugins=[AtomicCheckpointIO()],
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(task, data)
     return task
@@ -59,6 +60,22 @@ def test_it_names_the_step_and_stops_at_the_next_look(root: Path, every: int, ac
     with pytest.raises(TrainingError, match=rf"not finite since optimizer step \d \(now at step {now}\); lower the"):
         fit(root, [FiniteCheck(), spoil], every, accumulate)
     assert spoil.ended == 0, "it spoke before the epoch's checkpoint"
+
+
+@pytest.mark.parametrize("lr", [0.01, float("inf")])
+def test_no_checkpoint_is_written_once_it_diverged(root: Path, tmp_path: Path, lr: float) -> None:
+    """Saves of every step come before the next look: one weight is NaN from step 2 on, or all are after step 1."""
+    saves = Checkpoints(tmp_path, every_n_steps=1, keep=9)
+    with pytest.raises(TrainingError, match="training diverged"):
+        fit(root, [FiniteCheck(), Spoil(step=2), saves], every=50, lr=lr)
+    last = latest_valid(tmp_path / "checkpoints")
+    if lr != 0.01:
+        assert last is None
+        return
+    assert last is not None
+    saved = load_checkpoint(last)
+    assert saved["global_step"] == 1
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
 
 
 def test_weights_that_are_lost_in_the_last_step_are_seen(root: Path) -> None:
