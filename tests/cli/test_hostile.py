@@ -192,18 +192,29 @@ def test_plain_pickle_named_like_a_checkpoint(finished: Path, tmp_path: Path, ma
     assert str(file) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["hyper_parameters", "datamodule_hyper_parameters"])
+@pytest.mark.parametrize("name", ["_class_path", "_instantiator"])
+def test_hyper_parameters_that_name_what_to_build_are_refused(
+    finished: Path, fit: Callable[..., int], images: Path, tmp_path: Path, marker: Path, key: str, name: str, capsys
+) -> None:
+    run = rewrite(finished, tmp_path / "run", **{key: {name: "os.system", "command": f"touch {marker}"}})
+    for code in commands(run, fit, images, tmp_path):
+        assert code == 1
+        assert f"names code to run ({key}/{name}: 'os.system')" in capsys.readouterr().err
+    with pytest.raises(UnsafeCheckpointError):
+        load_checkpoint(run / "checkpoints" / "last.ckpt")
+
+
 def test_hyper_parameters_of_a_checkpoint_are_not_read(
     finished: Path, fit: Callable[..., int], images: Path, tmp_path: Path, marker: Path
 ) -> None:
+    """As plain Lightning modules write them, whatever they hold."""
     hostile = {
         "hyper_parameters": {
-            "_class_path": "subprocess.Popen",
-            "_instantiator": "os.system",
             "args": ["touch", str(marker)],
             "backbone": {"class_path": "os.system", "init_args": {"command": f"touch {marker}"}},
             "label_smoothing": 0.9,
         },
-        "datamodule_hyper_parameters": {"_class_path": "os.system", "_instantiator": "builtins.eval"},
         "hparams_name": "kwargs",
     }
     run = rewrite(finished, tmp_path / "run", **hostile)

@@ -27,6 +27,9 @@ __all__ = [
     "sha256",
 ]
 
+_BUILT = ("_class_path", "_instantiator")
+"""Hyper-parameters by which ``load_from_checkpoint`` of Lightning's command line imports and calls whatever they name."""
+
 _STEP = re.compile(r"^step-(\d+)\.ckpt$")
 
 
@@ -83,7 +86,7 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint as tensors and plain values; nothing in it can import or run anything.
 
     Raises:
-        UnsafeCheckpointError: it holds anything else.
+        UnsafeCheckpointError: it holds anything else, or names what is to be built with it.
         CheckpointError: it cannot be read.
     """
     try:
@@ -99,6 +102,13 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint (a mapping)")
+    for part, held in loaded.items():
+        for key in _BUILT if isinstance(held, dict) else ():
+            if key in held:
+                raise UnsafeCheckpointError(
+                    f"{path} names code to run ({part}/{key}: {held[key]!r:.100}), so it is not loaded; "
+                    f"where it comes from Lightning's command line, remove {part} from it"
+                )
     return loaded
 
 
