@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from crossft.errors import CheckpointError, RunError, UnsafeCheckpointError
-from crossft.runs import read_json, replacing, write_json
+from crossft.runs import RunFolder, read_json, replacing, write_json
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _BUILT = ("_class_path", "_instantiator")
-"""Hyper-parameters by which ``load_from_checkpoint`` of Lightning's command line imports and calls whatever they name."""
+"""Hyper-parameters by which Lightning's ``load_from_checkpoint`` imports and calls whatever they name."""
 
 _STEP = re.compile(r"^step-(\d+)\.ckpt$")
 
@@ -149,9 +149,12 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Check against the manifest where there is one, then read tensors and plain values, whatever is asked."""
+        """Check against the manifest, then read tensors and plain values, whatever is asked.
+
+        Only a file outside of a run folder may lack a manifest.
+        """
         path = Path(path)
-        if manifest_of(path).is_file():
+        if manifest_of(path).is_file() or RunFolder(path.absolute().parent.parent).summary_file.is_file():
             check(path)
         return load_checkpoint(path, map_location or "cpu")
 
