@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from crossft.callbacks.monitoring import AtomicCheckpointIO
+from crossft.callbacks.monitoring import AtomicCheckpointIO, latest_valid
+from crossft.callbacks.monitoring.checkpoint_io import check
 from crossft.errors import CheckpointError, CrossftError
 from crossft.runs import RunFolder, read_json
 from crossft.tasks import Task
@@ -21,7 +23,7 @@ SEQUENCE = "sequence.json"
 
 def checkpoint_of(path: Path | str) -> Path:
     """The checkpoint file behind a path: itself, or the one a finished run's summary names (else ``last.ckpt``);
-    of a sequence, that of its last leg.
+    of a sequence, that of its last leg. Where ``last.ckpt`` of an unfinished run is damaged, its newest valid one.
 
     Raises:
         CheckpointError: there is none, or ``summary.json`` or ``sequence.json`` names one outside of its folder.
@@ -38,6 +40,12 @@ def checkpoint_of(path: Path | str) -> Path:
         return checkpoint_of(_named(sequence, runs[-1] if isinstance(runs, list) and runs else None, folder.path))
     named = folder.summary().get("checkpoint") or "checkpoints/last.ckpt"
     file = _named(folder.summary_file, named, folder.checkpoints)
+    if folder.summary()["status"] != "finished" and (newest := latest_valid(folder.checkpoints)) is not None:
+        try:
+            check(file)
+        except CheckpointError as error:
+            rank_zero_only(print)(f"{error}; taken instead: {newest.name}, the newest valid one")
+            return newest
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: the run has saved nothing yet; resume it, or choose another run")
     return file

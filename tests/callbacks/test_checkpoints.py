@@ -303,7 +303,7 @@ def test_a_damaged_newer_checkpoint_never_outlives_a_good_one(whole, tmp_path: P
 
     train(root, tmp_path, resume=good, extra=(Look(),), saves={"every_n_steps": 1, "keep": keep}, max_steps=5)
     assert seen[0] == (2, [2])
-    assert {step: kept for step, kept in seen}[4] == [3, 4][-keep:]
+    assert dict(seen)[4] == [3, 4][-keep:]
 
 
 def test_pruning_never_removes_what_was_just_saved(tmp_path: Path) -> None:

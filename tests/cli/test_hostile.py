@@ -18,11 +18,13 @@ import pytest
 import torch
 import yaml
 
-from crossft.callbacks.monitoring import AtomicCheckpointIO, load_checkpoint
+from crossft.callbacks.monitoring import AtomicCheckpointIO, latest_valid, load_checkpoint
+from crossft.callbacks.monitoring.checkpoint_io import manifest_of
 from crossft.cli import main
 from crossft.cli.leg import build_trainer
 from crossft.cli.parser import Settings
 from crossft.errors import CheckpointError, ConfigError, UnsafeCheckpointError, UnsafeConfigError
+from crossft.runs import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -192,18 +194,29 @@ def test_plain_pickle_named_like_a_checkpoint(finished: Path, tmp_path: Path, ma
     assert str(file) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["hyper_parameters", "datamodule_hyper_parameters"])
+@pytest.mark.parametrize("name", ["_class_path", "_instantiator"])
+def test_hyper_parameters_that_name_what_to_build_are_refused(
+    finished: Path, fit: Callable[..., int], images: Path, tmp_path: Path, marker: Path, key: str, name: str, capsys
+) -> None:
+    run = rewrite(finished, tmp_path / "run", **{key: {name: "os.system", "command": f"touch {marker}"}})
+    for code in commands(run, fit, images, tmp_path):
+        assert code == 1
+        assert f"names code to run ({key}/{name}: 'os.system')" in capsys.readouterr().err
+    with pytest.raises(UnsafeCheckpointError):
+        load_checkpoint(run / "checkpoints" / "last.ckpt")
+
+
 def test_hyper_parameters_of_a_checkpoint_are_not_read(
     finished: Path, fit: Callable[..., int], images: Path, tmp_path: Path, marker: Path
 ) -> None:
+    """As plain Lightning modules write them, whatever they hold."""
     hostile = {
         "hyper_parameters": {
-            "_class_path": "subprocess.Popen",
-            "_instantiator": "os.system",
             "args": ["touch", str(marker)],
             "backbone": {"class_path": "os.system", "init_args": {"command": f"touch {marker}"}},
             "label_smoothing": 0.9,
         },
-        "datamodule_hyper_parameters": {"_class_path": "os.system", "_instantiator": "builtins.eval"},
         "hparams_name": "kwargs",
     }
     run = rewrite(finished, tmp_path / "run", **hostile)
@@ -211,6 +224,41 @@ def test_hyper_parameters_of_a_checkpoint_are_not_read(
         assert code == 0
     (new,) = (tmp_path / "from" / "tiny").iterdir()
     assert yaml.safe_load((new / "config.yaml").read_text())["model"]["init_args"]["label_smoothing"] == 0.0
+
+
+def test_checkpoint_of_a_run_without_its_manifest(
+    finished: Path, fit: Callable[..., int], images: Path, tmp_path: Path, capsys
+) -> None:
+    """By the run and by the file's own path; a copy elsewhere is a foreign file, and may have none."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "checkpoints" / "last.ckpt"
+    manifest_of(file).unlink()
+    for named in (run, file):
+        for code in commands(named, fit, images, tmp_path):
+            assert code == 1
+            assert "last.ckpt has no manifest" in capsys.readouterr().err
+    shutil.copy(file, tmp_path / "copy.ckpt")
+    assert fit(tmp_path / "from", f"--init={tmp_path / 'copy.ckpt'}", "--trainer.max_steps=1") == 0
+
+
+def test_unfinished_run_whose_last_checkpoint_is_damaged(
+    finished: Path, fit: Callable[..., int], images: Path, tmp_path: Path, capsys
+) -> None:
+    """Its newest valid one is taken, and every command says so; without any, each fails."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    RunFolder(run).write_summary(status="interrupted", checkpoint=None)
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"half")
+    newest = latest_valid(run / "checkpoints")
+    assert newest is not None
+    for code in commands(run, fit, images, tmp_path):
+        assert code == 0
+        assert f"taken instead: {newest.name}, the newest valid one" in capsys.readouterr().out
+    for path in (run / "checkpoints").glob("step-*.manifest.json"):
+        path.unlink()
+    assert main(["test", str(run)]) == 1
+    assert "does not match the checksum" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02Nb.", b"\x80\x02K\x01K\x02s.", b"", b"PK\x03\x04"])

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from crossft.errors import CheckpointError, RunError, UnsafeCheckpointError
-from crossft.runs import read_json, replacing, write_json
+from crossft.runs import RunFolder, read_json, replacing, write_json
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -26,6 +26,9 @@ __all__ = [
     "publish",
     "sha256",
 ]
+
+_BUILT = ("_class_path", "_instantiator")
+"""Hyper-parameters by which Lightning's ``load_from_checkpoint`` imports and calls whatever they name."""
 
 _STEP = re.compile(r"^step-(\d+)\.ckpt$")
 
@@ -83,7 +86,7 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint as tensors and plain values; nothing in it can import or run anything.
 
     Raises:
-        UnsafeCheckpointError: it holds anything else.
+        UnsafeCheckpointError: it holds anything else, or names what is to be built with it.
         CheckpointError: it cannot be read.
     """
     try:
@@ -99,6 +102,13 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint (a mapping)")
+    for part, held in loaded.items():
+        for key in _BUILT if isinstance(held, dict) else ():
+            if key in held:
+                raise UnsafeCheckpointError(
+                    f"{path} names code to run ({part}/{key}: {held[key]!r:.100}), so it is not loaded; "
+                    f"where it comes from Lightning's command line, remove {part} from it"
+                )
     return loaded
 
 
@@ -139,9 +149,12 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Check against the manifest where there is one, then read tensors and plain values, whatever is asked."""
+        """Check against the manifest, then read tensors and plain values, whatever is asked.
+
+        Only a file outside of a run folder may lack a manifest.
+        """
         path = Path(path)
-        if manifest_of(path).is_file():
+        if manifest_of(path).is_file() or RunFolder(path.absolute().parent.parent).summary_file.is_file():
             check(path)
         return load_checkpoint(path, map_location or "cpu")
 
