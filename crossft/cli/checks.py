@@ -99,6 +99,12 @@ def _check_trainer(trainer: Any) -> None:
             f"trainer.max_epochs={epochs} with trainer.max_steps={steps} never ends, and schedules need an end; "
             "set one of them to 1 or more"
         )
+    interval = trainer.get("val_check_interval")
+    if interval is not None and not isinstance(interval, int | float):
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} is a time, at which processes would not meet and no resume would "
+            "be exact; give a number of batches, or a share of an epoch"
+        )
     limit, overfit = trainer.get("limit_train_batches"), trainer.get("overfit_batches")
     for name, value, allowed, wrong in (
         ("limit_train_batches", limit, "1.0", limit is not None and (isinstance(limit, int) or limit != 1.0)),

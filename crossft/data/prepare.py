@@ -178,7 +178,8 @@ def _budget(draft: Draft, domain: Domain, options: Options) -> NDArray[np.bool_]
             held = max(1, round(options.shots * shares[1])) if shares[1] else 0
             k = held if part == 1 else options.shots - held
             what, listed = f"the {sp.SPLITS[part]} split of {draft.name!r}", options.labels is not None
-            picked = sp.pick_shots(mine, ids, k, options.split_seed, what, domain.labels, listed)
+            classes = domain.labels if part == 0 else sorted({name for row in mine for name in row})
+            picked = sp.pick_shots(mine, ids, k, options.split_seed, what, classes, listed)
         else:
             assert options.fraction is not None
             picked = sp.pick_fraction(mine, ids, options.fraction * shares[0], options.split_seed)

@@ -174,13 +174,16 @@ def ledgers(runs: pd.DataFrame) -> list[Ledger]:
 
 
 def transfer_matrices(runs: pd.DataFrame) -> list[TransferMatrix]:
-    """One an arm and order of domains, from each run's ``sequence.json``; a run that is no sequence has none."""
+    """One an arm and order of domains, from each run's ``sequence.json``; a run without a whole one is passed over."""
     found: dict[tuple[str, tuple[str, ...], str], list[np.ndarray[Any, Any]]] = {}
     for arm, folder in _folders(runs):
-        if folder.sequence.is_file():
+        try:
             content = read_json(folder.sequence)
-            matrix = np.array(content["matrix"], np.float64)
-            found.setdefault((arm, tuple(content["domains"]), content["metric"]), []).append(matrix)
+            key = (arm, tuple(content["domains"]), str(content["metric"]))
+            matrix = np.array(content["matrix"], np.float64).reshape(len(key[1]), len(key[1]))
+        except (RunError, KeyError, TypeError, ValueError):
+            continue
+        found.setdefault(key, []).append(matrix)
     return [TransferMatrix(*key, np.mean(matrices, 0), len(matrices)) for key, matrices in found.items()]
 
 

@@ -141,6 +141,41 @@ def test_resume_from_every_checkpoint_is_bit_equal(whole, tmp_path: Path) -> Non
         assert repr(read_metrics(run / "metrics.csv")) == repr(rows)
 
 
+class Epochs(Callback):
+    """The steps at which epochs ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, *_) -> None:
+        self.ended.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("epochs", [-1, 3])
+def test_an_epoch_that_ended_is_not_gone_through_again_where_steps_are_limited(
+    whole, tmp_path: Path, epochs: int
+) -> None:
+    root, _, _, steps = whole
+    limits = {"max_epochs": epochs, "max_steps": steps - 1}  # the last epoch ends early
+    one = Epochs()
+    _, recorder = train(root, tmp_path / "one", extra=(one,), **limits)
+    rows, final = read_metrics(tmp_path / "one" / "metrics.csv"), load_checkpoint(RunFolder(tmp_path / "one").last)
+    assert len(one.ended) == 3
+    for start in one.ended[:2]:
+        other, run = Epochs(), tmp_path / f"from-{start}"
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "anchors").symlink_to(tmp_path / "one" / "anchors")
+        (run / "metrics.csv").write_bytes((tmp_path / "one" / "metrics.csv").read_bytes())
+        path = tmp_path / "one" / "checkpoints" / f"step-{start}.ckpt"
+        _, again = train(root, run, resume=path, extra=(other,), **limits)
+        assert other.ended == [step for step in one.ended if step > start]
+        assert again.seen == [(s, ids) for s, ids in recorder.seen if s >= start]
+        assert repr(read_metrics(run / "metrics.csv")) == repr(rows)
+        resumed = load_checkpoint(RunFolder(run).last)
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+            equal(final[part], resumed[part], f"from step {start}: {part}")
+
+
 class TerminateAt(Callback):
     def __init__(self, micro: int, number: signal.Signals = signal.SIGTERM) -> None:
         self.micro, self.number, self.count = micro, number, 0

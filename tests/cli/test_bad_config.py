@@ -72,6 +72,8 @@ CASES: dict[str, tuple[list[str], int, str]] = {
                               r"limit_train_batches=7 .*leave it out \(1.0\).*data.limit.*trainer.max_steps"),
     "one training batch": (["--trainer.limit_train_batches=1"], 2, "limit_train_batches=1 would end epochs early"),
     "a share of the batches": (["--trainer.limit_train_batches=0.5"], 2, "limit_train_batches=0.5 would end"),
+    "validation by the clock": (["--trainer.val_check_interval=00:00:10:00"], 2,
+                                "val_check_interval=.* is a time, .* give a number of batches"),
     "the same batches again": (["--trainer.overfit_batches=2"], 2,
                                r"overfit_batches=2 .*leave it out \(0.0\).*data.limit.*trainer.max_steps"),
     "unknown hub data": (["--data.reader=crossft.data.HuggingFace", "--data.reader.path=nobody/nothing-here"], 1,

@@ -79,9 +79,9 @@ def test_the_oracle_stands_apart_and_gives_the_regret(chosen: RunFolder) -> None
 
 
 def test_a_model_validated_between_steps_can_be_chosen(fit: Fit, tmp_path: Path) -> None:
-    """Every validation follows micro-batch 3, the first of an accumulation of 2: the model after a step and a half."""
+    """Every validation follows micro-batch 3 of 5, the first of two that are accumulated: after a step and a half."""
     words = ["--select=source/val/loss", "--select.oracle=true", "--trainer.accumulate_grad_batches=2"]
-    words += ["--trainer.val_check_interval=3", "--trainer.limit_train_batches=5", "--data.batch_size=2"]
+    words += ["--trainer.val_check_interval=3", "--data.limit=24"]
     words += [f"--run.dir={tmp_path / 'run'}"]
     assert fit(tmp_path, *FLAGS, *words) == 0
     run = RunFolder(tmp_path / "run")

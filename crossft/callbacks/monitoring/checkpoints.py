@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_only
 
 from crossft.callbacks.monitoring.anchors import Anchors
-from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, by_step, latest_valid, publish
+from crossft.callbacks.monitoring.checkpoint_io import AtomicCheckpointIO, by_step, check, latest_valid, publish
 from crossft.callbacks.monitoring.stopping import Stopping
 from crossft.errors import CheckpointError, ConfigError, Interrupted
 from crossft.runs import RunFolder
@@ -84,8 +85,14 @@ class Checkpoints(Checkpoint):
 
         This callback is the last, so what others draw while starting does not count, and what they draw at the next
         batch or epoch comes from the saved state. Lightning puts the former signal handler back after the fit.
+
+        With ``max_steps`` set, Lightning takes every resume for one within an epoch, and would end an epoch that had
+        ended a second time: its hooks, its place in the log, and one epoch less of ``max_epochs``. It is told so.
         """
         self.stopping.take(training=True)
+        if trainer.fit_loop.restarted_on_epoch_end:
+            _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
+            trainer.fit_loop.reset()
         if self._rng is not None:
             _set_rng(self._rng)
             self._rng = None
@@ -214,12 +221,14 @@ class Checkpoints(Checkpoint):
     def _mend(self) -> None:
         """Finish what a kill between a save and its publication left undone, and remove half-written files.
 
-        Checkpoints of later steps are damaged, or would not have been passed over: they go, so that none of them is
-        ever kept in place of a good one.
+        Damaged checkpoints of later steps go, so that none of them is ever kept in place of a good one.
         """
         for step, later in by_step(self.folder.checkpoints).items():
             if step > self.saved_step:
-                AtomicCheckpointIO().remove_checkpoint(later)
+                try:
+                    check(later)
+                except CheckpointError:
+                    AtomicCheckpointIO().remove_checkpoint(later)
         path = self._path(self.saved_step)
         if path.is_file():
             publish(path, "last.ckpt")
