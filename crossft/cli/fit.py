@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from pathlib import Path
 
 import yaml
 
@@ -14,7 +13,7 @@ from crossft.cli.launch import Launch
 from crossft.cli.legs import Chain
 from crossft.cli.parser import Settings
 from crossft.cli.safety import take_allowed
-from crossft.cli.sequence import SEQUENCE, Sequence
+from crossft.cli.sequence import Sequence
 from crossft.cli.slurm import requeue
 from crossft.errors import ConfigError, Interrupted, RunError
 from crossft.runs import RunFolder
@@ -68,5 +67,5 @@ def _chain(settings: Settings, stopping: Stopping, folder: RunFolder | None = No
 
 def _whole(folder: RunFolder) -> RunFolder:
     """The sequence that a run is a leg of, else the run."""
-    around = Path(folder.path.absolute().parent)
-    return RunFolder(around) if (around / SEQUENCE).is_file() else folder
+    around = RunFolder(folder.path.absolute().parent)
+    return around if around.sequence.is_file() else folder

@@ -18,7 +18,7 @@ from crossft.cli.legs import Chain, prepared
 from crossft.cli.parser import Settings
 from crossft.cli.results import final_metrics, primary_of
 from crossft.cli.screen import print_table
-from crossft.cli.weights import SEQUENCE, checkpoint_of
+from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError
 from crossft.metrics import primary_metric
@@ -33,7 +33,7 @@ from crossft.runs import RunFolder, config_hash, higher_is_better, read_json, wr
 from crossft.tasks.evaluation import display_names
 from crossft.types import Domain
 
-__all__ = ["SEQUENCE", "Sequence", "leg_settings", "transfer_of"]
+__all__ = ["Sequence", "leg_settings", "transfer_of"]
 
 Matrix = list[list[float | None]]
 UNTRAINED = "untrained.json"
@@ -124,7 +124,7 @@ class Sequence(Chain):
             ready = state == "finished"
             resume = latest_valid(leg.checkpoints) if state == "begun" else None
             plan["legs"].append({"state": state, "resume": None if resume is None else str(resume)})
-        write_json(folder.path / SEQUENCE, self._result(plan, folder, data), sort_keys=False)
+        write_json(folder.sequence, self._result(plan, folder, data), sort_keys=False)
         return plan
 
     def _leg_folder(self, folder: RunFolder, data: DomainData, number: int) -> RunFolder:
@@ -175,7 +175,7 @@ class Sequence(Chain):
             print(f"leg {number} of {len(plan['legs'])}: {data.domains[number].name}, in {leg.path}")
         Leg(settings, leg, own, checkpoint_of(settings.config.init), resume, self.launch, self.stopping).run()
         if self.launch.first:
-            write_json(folder.path / SEQUENCE, self._result(plan, folder, data), sort_keys=False)
+            write_json(folder.sequence, self._result(plan, folder, data), sort_keys=False)
 
     def _measure_untrained(self, folder: RunFolder, data: DomainData) -> None:
         """What forward transfer is counted from: the starting backbone under an untrained head, once a sequence."""
@@ -249,7 +249,7 @@ class Sequence(Chain):
         "Before" is the model of the first domain.
         """
         result, rows = self._result(plan, folder, data), self._rows(folder, data)
-        write_json(folder.path / SEQUENCE, result, sort_keys=False)
+        write_json(folder.sequence, result, sort_keys=False)
         names = display_names(data.domains)
 
         def keyed(row: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

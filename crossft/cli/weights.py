@@ -15,10 +15,7 @@ from crossft.runs import RunFolder, read_json
 from crossft.tasks import Task
 from crossft.types import Domain, head_of
 
-__all__ = ["SEQUENCE", "checkpoint_of", "load_weights", "read_domains"]
-
-SEQUENCE = "sequence.json"
-"""In the folder of a sequence: the matrix of its legs, and their folders."""
+__all__ = ["checkpoint_of", "load_weights", "read_domains"]
 
 
 def checkpoint_of(path: Path | str) -> Path:
@@ -33,11 +30,12 @@ def checkpoint_of(path: Path | str) -> Path:
     if path.is_file() and path.suffix != ".json":
         return path
     folder = RunFolder.open(path)
-    sequence = folder.path / SEQUENCE
-    if sequence.is_file():
-        found = read_json(sequence)
+    if folder.sequence.is_file():
+        found = read_json(folder.sequence)
         runs = found.get("runs") if isinstance(found, dict) else None
-        return checkpoint_of(_named(sequence, runs[-1] if isinstance(runs, list) and runs else None, folder.path))
+        return checkpoint_of(
+            _named(folder.sequence, runs[-1] if isinstance(runs, list) and runs else None, folder.path)
+        )
     named = folder.summary().get("checkpoint") or "checkpoints/last.ckpt"
     file = _named(folder.summary_file, named, folder.checkpoints)
     if folder.summary()["status"] != "finished" and (newest := latest_valid(folder.checkpoints)) is not None:
