@@ -14,8 +14,10 @@
     │   └── UnsafeCheckpointError a checkpoint that asks for more than tensors and plain values
     ├── RunError                  a run folder: exists, is missing, or is in the wrong state
     ├── TrainingError             training that cannot go on (diverged, out of step)
-    ├── Interrupted               training that stopped on a signal, after saving
     └── Pruned                    training that a search ended early
+
+`Interrupted` stands beside it, as KeyboardInterrupt beside Exception: a signal may come anywhere, and code that takes
+every Exception of a file for the file's fault must not take the signal for one.
 """
 
 __all__ = [
@@ -84,8 +86,8 @@ class TrainingError(CrossftError, RuntimeError):
     """Training cannot go on: it diverged, or its data and its clock are out of step."""
 
 
-class Interrupted(CrossftError):
-    """Training stopped on a signal, after saving; ``crossft resume`` goes on.
+class Interrupted(BaseException):
+    """A command stopped on a signal, training after saving; ``crossft resume`` goes on.
 
     Attributes:
         requeue: whether the signal asked to be queued again.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from crossft.cli.slurm import environment
-from crossft.errors import CrossftError, RunError
+from crossft.errors import CrossftError, Interrupted, RunError
 
 __all__ = ["Launch"]
 
@@ -63,7 +63,7 @@ class Launch:
             return dict(decision)
         try:
             decision = decide()
-        except CrossftError as error:
+        except (CrossftError, Interrupted) as error:
             self._send(json.dumps({"stopped": str(error)}))
             raise
         self._send(json.dumps(decision))

@@ -21,7 +21,7 @@ from crossft.cli.screen import quiet_lightning
 from crossft.cli.slurm import restarted
 from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
-from crossft.errors import ConfigError, CrossftError, RunError
+from crossft.errors import ConfigError, CrossftError, Interrupted, RunError
 from crossft.metrics import primary_metric
 from crossft.runs import RunFolder, config_hash, run_id, write_atomic, write_json
 from crossft.sweeps.state import begun
@@ -264,7 +264,7 @@ class Chain:
             resume = Path(plan["source_resume"]) if plan["source_resume"] else None
             try:
                 Leg(self.source, folder, data, None, resume, self.launch, self.stopping).run()
-            except CrossftError as error:
+            except (CrossftError, Interrupted) as error:
                 if self.launch.first and target is not None:
                     target.write_summary(status=folder.summary()["status"], error=f"in the source leg: {error}")
                 raise

@@ -20,7 +20,7 @@ from crossft.cli.results import final_metrics, primary_of
 from crossft.cli.screen import print_table
 from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
-from crossft.errors import ConfigError, CrossftError
+from crossft.errors import ConfigError, CrossftError, Interrupted
 from crossft.metrics import primary_metric
 from crossft.metrics.transfer import (
     average_accuracy,
@@ -196,7 +196,7 @@ class Sequence(Chain):
         number = next((i for i, state in enumerate(states, 1) if state != "finished"), len(states))
         leg = self._leg_folder(folder, data, number)
         status = leg.summary()["status"] if leg.summary_file.is_file() else "failed"
-        if not isinstance(stop, CrossftError) and status not in ("failed", "interrupted"):
+        if not isinstance(stop, (CrossftError, Interrupted)) and status not in ("failed", "interrupted"):
             status = "interrupted" if isinstance(stop, (KeyboardInterrupt, SystemExit)) else "failed"
         status = status if status in ("failed", "interrupted", "pruned") else "failed"
         folder.write_summary(status=status, error=f"in leg {number}, {data.domains[number].name}: {stop}")

@@ -14,8 +14,9 @@ import torch
 from tiny import image_domains, text_domains
 from torch import Tensor
 
-from crossft.data import DomainData
-from crossft.errors import ConfigError, DataError, SplitError
+from crossft.callbacks.monitoring import Stopping
+from crossft.data import DomainData, dataset
+from crossft.errors import ConfigError, DataError, Interrupted, SplitError
 from crossft.types import Batch, TextSpec
 
 
@@ -373,6 +374,13 @@ def test_batches_move(images, image_spec):
     assert moved is not batch
     assert all(t.device.type == "meta" for t in tensors(moved))
     assert (moved.quota, moved.step) == (batch.quota, batch.step)
+
+
+def test_a_signal_while_an_image_is_read_is_not_taken_for_the_images_fault(images, image_spec, monkeypatch):
+    loader = both(images, image_spec).test_dataloader()[0]
+    monkeypatch.setattr(dataset, "open_image", lambda source: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), Stopping():
+        next(iter(loader))
 
 
 def test_an_image_that_breaks_after_the_check_is_named(images, image_spec):
