@@ -20,6 +20,10 @@ class Attachments(nn.Module):
     """Loss terms, weight penalties and gradient projections by method name, with their weights.
 
     A child module of the task, so that terms follow its device, DDP wrap and optimizer; left out of its state dict.
+
+    Attributes:
+        named_terms: loss terms in name order.
+        named_penalties: weight penalties in name order.
     """
 
     def __init__(self) -> None:
@@ -28,6 +32,8 @@ class Attachments(nn.Module):
         self.penalties = nn.ModuleDict()
         self.projections = nn.ModuleDict()
         self.weights: dict[str, Weight] = {}
+        self.named_terms: list[tuple[str, LossTerm]] = []
+        self.named_penalties: list[tuple[str, WeightPenalty]] = []
         self.watched: dict[str, Tensor] | None = None  # a dict asks the next step for its parts, weighted, with graph
         self.anchors: Any = None  # where constant tensors go; None keeps them inside the checkpoint
 
@@ -40,7 +46,7 @@ class Attachments(nn.Module):
         if name in self.weights:
             raise ConfigError(f"methods.{name} is attached twice; every method needs a name of its own")
         if isinstance(method, LossTerm):
-            other = next((n for n, term in self.named_terms() if term.transforms_batch), None)
+            other = next((n for n, term in self.named_terms if term.transforms_batch), None)
             if method.transforms_batch and other is not None:
                 raise ConfigError(f"methods.{name} and methods.{other} both rewrite the batch; set one of them to null")
             self.terms[name] = method
@@ -52,33 +58,27 @@ class Attachments(nn.Module):
             allowed = "LossTerm, WeightPenalty or GradientProjection"
             raise ConfigError(f"methods.{name} built a {type(method).__name__}; allowed: {allowed}")
         self.weights[name] = weight
+        self.named_terms = sorted(cast("dict[str, LossTerm]", dict(self.terms.items())).items())
+        self.named_penalties = sorted(cast("dict[str, WeightPenalty]", dict(self.penalties.items())).items())
 
     def weight(self, name: str, progress: float) -> float:
         """The method's weight at this share of training."""
         weight = self.weights[name]
         return weight(progress) if callable(weight) else weight
 
-    def named_terms(self) -> list[tuple[str, LossTerm]]:
-        """Loss terms in name order."""
-        return sorted(cast("dict[str, LossTerm]", dict(self.terms.items())).items())
-
-    def named_penalties(self) -> list[tuple[str, WeightPenalty]]:
-        """Weight penalties in name order."""
-        return sorted(cast("dict[str, WeightPenalty]", dict(self.penalties.items())).items())
-
     @property
     def needs_stages(self) -> tuple[str, ...]:
         """Stages whose outputs the attached terms read."""
-        return tuple(sorted({stage for _, term in self.named_terms() for stage in term.needs_stages}))
+        return tuple(sorted({stage for _, term in self.named_terms for stage in term.needs_stages}))
 
     @property
     def trains_source_head(self) -> bool:
         """Whether any attached term trains the source's own head."""
-        return any(term.trains_source_head for _, term in self.named_terms())
+        return any(term.trains_source_head for _, term in self.named_terms)
 
     def transform(self, batch: Batch, progress: float) -> Batch:
         """The batch to train on, rewritten by the one term that does so, unless its weight is 0."""
-        for name, term in self.named_terms():
+        for name, term in self.named_terms:
             if term.transforms_batch and self.weight(name, progress) != 0:
                 return term.transform(batch)
         return batch
@@ -87,7 +87,7 @@ class Attachments(nn.Module):
         """Add every term times its weight to the task loss, in name order; return the sum and the raw values."""
         values: dict[str, Tensor] = {}
         parts = {"task": loss}
-        for name, term in self.named_terms():
+        for name, term in self.named_terms:
             value = term(step, model)
             parts[name] = self.weight(name, step.progress) * value
             loss = loss + parts[name]
@@ -104,7 +104,7 @@ class Attachments(nn.Module):
 
     def add_penalty_grads_(self, progress: float) -> None:
         """Add every penalty's weighted gradient to ``.grad``, in name order."""
-        for name, penalty in self.named_penalties():
+        for name, penalty in self.named_penalties:
             penalty.add_grad_(self.weight(name, progress))
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class Attachments(nn.Module):
         own = [p.grad for p in parameters]
         ratios: dict[str, Tensor] = {}
         try:
-            for name, penalty in self.named_penalties():
+            for name, penalty in self.named_penalties:
                 for parameter in parameters:
                     parameter.grad = None
                 penalty.add_grad_(self.weight(name, progress))
@@ -136,12 +136,12 @@ class Attachments(nn.Module):
     @torch.no_grad()
     def logs(self, values: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
         """``term/NAME``, ``term/NAME/weighted`` and the terms' own scalars, for a step that is logged."""
-        raw = {**values, **{name: penalty.value() for name, penalty in self.named_penalties()}}
+        raw = {**values, **{name: penalty.value() for name, penalty in self.named_penalties}}
         logs: dict[str, Tensor] = {}
         for name, value in raw.items():
             logs[f"term/{name}"] = value
             logs[f"term/{name}/weighted"] = self.weight(name, progress) * value
-        for name, own in [*self.named_terms(), *sorted(self.projections.items())]:
+        for name, own in [*self.named_terms, *sorted(self.projections.items())]:
             logs |= {f"term/{name}/{key}": v for key, v in cast("LossTerm | GradientProjection", own).logs().items()}
         return logs
 

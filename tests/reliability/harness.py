@@ -82,6 +82,13 @@ def config(folder: Path, modality: str, workers: int, accumulation: int, world: 
         "experiment": "kill", "model": {"class_path": "crossft.tasks.Classification", "init_args": task}, "data": data,
         "trainer": trainer, "methods": methods, "checkpoints": {"every_n_steps": 2}, "wandb": {"mode": "disabled"},
     }  # fmt: skip
+    if modality == "vision":  # what watches and what chooses is resumed too
+        monitoring = "crossft.callbacks.monitoring"
+        health = {"every_n_steps": 2, "rows": 20, "maps": []}
+        trainer["callbacks"] += [{"class_path": f"{monitoring}.Scores"}]
+        methods["health"] = {"class_path": f"{monitoring}.Health", "init_args": health}
+        whole["select"] = {"metric": "target/val/infomax", "oracle": True}
+        data["splits"], data["split"] = [0.6, 0.2, 0.2], "stratified"
     path = folder / f"{modality}-{workers}-{accumulation}-{world}.yaml"
     path.write_text(yaml.safe_dump(whole))
     return path
@@ -223,7 +230,8 @@ def sequence_config(folder: Path, world: int) -> Path:
     names = {"ewc": "EWC", "online": "OnlineEWC", "mas": "MAS", "si": "SI", "replay": "Replay", "agem": "AGEM"}
     methods = {n: {"class_path": f"crossft.callbacks.retention.{name}"} for n, name in names.items()}
     methods["replay"]["init_args"] = {"size": 10, "share": 0.25}
-    whole |= {"experiment": "sequence", "sequence": ["one", *LEGS[1:]], "methods": methods}
+    whole |= {"experiment": "sequence", "sequence": ["one", *LEGS[1:]], "methods": methods, "select": {}}
+    del whole["trainer"]["callbacks"][2:]
     whole["source_leg"] = {"methods": {"si": methods["si"]}}
     whole["model"]["init_args"]["batchnorm"] = "frozen"  # a last batch may hold one row
     whole["data"] = {k: whole["data"][k] for k in ("root", "batch_size", "augment")} | {"batch_size": 8}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from crossft.tasks import Task
 from crossft.types import StepOutput
 
 __all__ = ["check_hidden", "discriminator", "discriminator_classes", "domain_loss"]
+
+_IGNORED = -100
+"""The label whose rows ``F.cross_entropy`` gives loss and gradient 0."""
 
 
 def check_hidden(hidden: int) -> None:
@@ -67,38 +71,38 @@ def domain_loss(
         weights over log k, 1 where it cannot tell the classes apart.
     """
     logits = upcast(logits)
-    labels, shares = _labels(step, classes, logits)
+    tables = _tables(step.batch.quota, tuple(classes), logits.dtype, logits.device)
+    labels, shares = (table[step.batch.domains] for table in tables)
     if logits.ndim == 3:
         each = labels[:, None].expand(logits.shape[:-1])
         losses = F.cross_entropy(logits.flatten(0, 1), each.flatten(), reduction="none").view(each.shape)
         losses = _over_tokens(losses, mask)
     else:
         each, losses = labels, F.cross_entropy(logits, labels, reduction="none")
-
-    def mean(values: Tensor) -> Tensor:
-        return (torch.where(shares > 0, values, 0.0) * shares).sum()
-
     seen, plainly = logits.detach(), losses.detach()
 
     def state() -> dict[str, Tensor]:
         hits = (seen.argmax(-1) == each).to(seen.dtype)
-        right, k = mean(_over_tokens(hits, mask) if hits.ndim == 2 else hits), max(2, len(classes))
-        plain = mean(plainly)
-        return {"accuracy": right, "above_chance": right - 1 / k, "loss_share": plain / math.log(k)}
+        right, k = (_over_tokens(hits, mask) if hits.ndim == 2 else hits) @ shares, max(2, len(classes))
+        return {"accuracy": right, "above_chance": right - 1 / k, "loss_share": plainly @ shares / math.log(k)}
 
-    return mean(losses if weights is None else weights * losses), state
+    return (losses if weights is None else weights * losses) @ shares, state
 
 
-def _labels(step: StepOutput, classes: list[Ids], like: Tensor) -> tuple[Tensor, Tensor]:
-    """[b] class of each row (0 where it has none), and [b] its part of the mean over classes of the means of rows."""
-    quota = step.batch.quota
-    labels, shares = [0] * (len(quota) + 1), [0.0] * (len(quota) + 1)  # the last is for padding rows, -1
+@lru_cache(maxsize=64)
+def _tables(
+    quota: tuple[float, ...], classes: tuple[Ids, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """By domain id: its class, and a row's part of the mean over classes of the means of rows.
+
+    Rows of no class, and padding rows (id -1, the last entry), have the label that cross-entropy ignores, and part 0.
+    """
+    labels, shares = [_IGNORED] * (len(quota) + 1), [0.0] * (len(quota) + 1)
     for index, ids in enumerate(classes):
         share = 1.0 / (len(classes) * max(sum(quota[i] for i in ids), 1e-12))
         for i in ids:
             labels[i], shares[i] = index, share
-    domains = step.batch.domains
-    return torch.tensor(labels, device=like.device)[domains], like.new_tensor(shares)[domains]
+    return torch.tensor(labels, device=device), torch.tensor(shares, dtype=dtype, device=device)
 
 
 def _over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:

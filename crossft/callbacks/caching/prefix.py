@@ -233,7 +233,7 @@ class PrefixCache(Callback):
         """Find the cut and its store for the prefix as it is now."""
         self._cut, self._store = None, None
         attached = task.attachments
-        tokens = any(term.needs_tokens for _, term in attached.named_terms())
+        tokens = any(term.needs_tokens for _, term in attached.named_terms)
         found, reason = cuts(task.backbone, task.frozen_stages, attached.needs_stages, tokens)
         for cut in found:
             if any(module.training for stage in cut.below for module in stage.modules):

@@ -130,7 +130,7 @@ class Health(Callback):
         assert isinstance(pl_module, Task)
         first = batch_idx % trainer.accumulate_grad_batches == 0
         due = self.every_n_steps and (trainer.global_step + 1) % self.every_n_steps == 0
-        if first and due and pl_module.attachments.named_terms():
+        if first and due and pl_module.attachments.named_terms:
             pl_module.attachments.watched = {}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
