@@ -3,9 +3,9 @@
     python benchmarks/start.py [--pairs 5] [--helps 5]
 
 Both fit EfficientNet-lite0 on photo of pacs-96 (32 images a batch), each in a process of its own, in turns, in one
-thread; seconds are those from the start of the process to the end of the first step. The script imports what crossft
-builds on (torch, torchvision, timm, lightning.pytorch with its command line, torchmetrics), lists one folder and trains
-the packaged network. crossft reads its config, checks the data against a warm manifest (the first run of each is not
+thread; seconds are those from the start of the process to the end of the first step. The script has the same imports
+as crossft by then (torch, torchvision, timm, lightning.pytorch with its command line, torchmetrics, pandas with
+pyarrow), lists one folder and trains the packaged network. crossft reads its config, checks the data against a warm manifest (the first run of each is not
 counted), splits it, and writes its run folder; W&B is off in both. Bounds: 1.10 times the script, and 10 times
 `python -c pass` for `--help`.
 """
@@ -33,6 +33,8 @@ def script() -> None:
     """The minimal Lightning script."""
     import lightning.pytorch as pl
     import lightning.pytorch.cli  # noqa: F401
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
     import timm
     import torch
     import torchmetrics

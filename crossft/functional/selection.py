@@ -81,7 +81,7 @@ def importance_weights(p_target: Tensor, sources: int, targets: int) -> Tensor:
 
 
 def importance_weighted_risk(losses: Tensor, weights: Tensor) -> Tensor:
-    """Importance-weighted validation, mean of w * loss (Sugiyama et al. 2007, eq. 10 for one fold): lower is better.
+    """Importance-weighted validation, mean of w * loss (IWCV of Sugiyama et al. 2007, with one fold): lower is better.
 
     Args:
         losses, weights: [n] of the source's validation rows.

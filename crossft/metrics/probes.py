@@ -61,7 +61,7 @@ def domain_probabilities(source: Array, target: Array, folds: int = FOLDS) -> tu
 
 
 def proxy_a_distance(source: Array, target: Array, folds: int = FOLDS) -> float:
-    """Proxy A-distance 2 (1 - 2 error) of a linear domain classifier (Ben-David et al. 2007; Ganin et al. 2016, eq. 3).
+    """Proxy A-distance 2 (1 - 2 error) of a linear domain classifier (Ben-David et al. 2007).
 
     The error is cross-fitted, and each domain counts half of it. 0: not to be told apart; 2: always.
 
