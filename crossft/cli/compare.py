@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from crossft.runs import write_atomic
 __all__ = ["run"]
 
 _RUNS = "run folders, or folders that hold some (runs/EXPERIMENT), or a W&B project: wandb:ENTITY/PROJECT"
-_FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
+_FORMATS: dict[str, Literal["markdown", "latex", "csv"]] = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -32,7 +33,7 @@ def run(command: str, arguments: list[str]) -> int:
         raise ConfigError(f"--output={output}: choose an ending among {', '.join(_FORMATS)}, .html")
     from crossft.reports.overall import overall
     from crossft.reports.records import read_records
-    from crossft.reports.tables import compare
+    from crossft.reports.tables import compare, text_of
 
     records = read_records(options.runs)
     tables = compare(records, options.baseline, options.metrics)
@@ -47,6 +48,6 @@ def run(command: str, arguments: list[str]) -> int:
 
             write_page(options.runs, output, baseline=options.baseline)
         else:
-            write_atomic(output, "\n".join(getattr(table, _FORMATS[output.suffix])() for table in tables))
+            write_atomic(output, text_of(tables, _FORMATS[output.suffix]))
         print(f"written: {output}")
     return 0

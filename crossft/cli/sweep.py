@@ -143,8 +143,8 @@ def report(plan: Plan) -> None:
     from crossft.reports.figures import tradeoff
     from crossft.reports.overall import overall
     from crossft.reports.page import write_page
-    from crossft.reports.records import groups, headline, leaves, read_records
-    from crossft.reports.tables import compare
+    from crossft.reports.records import groups, headline, leaves, read_records, with_baseline
+    from crossft.reports.tables import compare, counted, text_of
 
     paths = [r.folder.path for r in plan.runs if r.folder.summary_file.is_file()]
     if not paths:
@@ -159,23 +159,26 @@ def report(plan: Plan) -> None:
         Console(highlight=False).print(table.rich())
         if plan.sweep.method != "bayes":
             _print_best(table, metric)
-    for suffix, form in ((".md", "markdown"), (".csv", "csv")):
-        write_atomic(plan.root / f"comparison{suffix}", "\n".join(getattr(t, form)() for t in tables))
+    write_atomic(plan.root / "comparison.md", text_of(tables, "markdown"))
+    write_atomic(plan.root / "comparison.csv", text_of(tables, "csv"))
     drawn = [(title, runs) for title, runs in groups(leaves(records)) if (runs["status"] == "finished").any()]
     for number, (title, runs) in enumerate(drawn, 1):
-        tradeoff(runs, plan.root / f"tradeoff{f'-{number}' if len(drawn) > 1 else ''}.png", title=title)
+        filled = with_baseline(counted(runs), baseline) if baseline else counted(runs)
+        tradeoff(filled, plan.root / f"tradeoff{f'-{number}' if len(drawn) > 1 else ''}.png", title=title)
     page = write_page(paths, plan.root / "comparison.html", baseline=baseline)
     print(f"written: {page} (and .md, .csv, tradeoff.png beside it)")
 
 
 def _print_best(table: ArmTable, metric: str | None) -> None:
+    """Say which mean is the best, among arms that have as many seeds as any; that it is significant is not said."""
     if metric is None or metric not in table.metrics:
         return
-    means = {arm: table.cells[arm, metric].value.mean for arm in table.runs}
-    known = {arm: mean for arm, mean in means.items() if not math.isnan(mean)}
+    values = {arm: table.cells[arm, metric].value for arm in table.runs}
+    seeds = max(value.n for value in values.values())
+    known = {arm: value.mean for arm, value in values.items() if value.n == seeds and not math.isnan(value.mean)}
     if known:
         best = (max if higher_is_better(metric) else min)(known, key=known.__getitem__)
-        print(f"best mean of {metric}: {best} ({known[best]:.4f})")
+        print(f"best mean of {metric}, without a test: {best} ({known[best]:.4f})")
 
 
 def close(outcomes: Sequence[Outcome]) -> int:

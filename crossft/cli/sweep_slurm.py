@@ -16,12 +16,12 @@ from crossft.sweeps.state import State, reason
 __all__ = ["run"]
 
 _DESCRIPTION = """Submit every arm and seed of a sweep file that is neither finished nor in the queue: one array job,
-an element a run, after an array of the source legs. Called again, it submits what is left; where nothing is left, it
-prints the comparison. Flags of the config after the file, as in --data.root=DIR, hold for every run."""
+an element a run, after an array of the source legs. Called again, it submits what is left, and prints the comparison
+of what there is. Flags of the config after the file, as in --data.root=DIR, hold for every run."""
 
 
 def run(arguments: list[str]) -> int:
-    """Submit a sweep, or report on it where all of it has ended; 1 where a run failed."""
+    """Submit what is left of a sweep and report on it; 1 where all has ended and a run failed."""
     options, flags = _options(arguments)
     sweep = read_sweep(options.file, flags)
     if sweep.method == "bayes":
@@ -31,12 +31,10 @@ def run(arguments: list[str]) -> int:
     request = Request(options.partition, options.time, options.gpus, options.cpus, options.array_parallelism, more)
     done = submit(plan, request, options.retry)
     _print(plan, done)
-    if done.queued or done.submitted:
-        return 0
     from crossft.cli.sweep import close, report
 
     report(plan)
-    return close(_outcomes(plan, done))
+    return 0 if done.queued or done.submitted else close(_outcomes(plan, done))
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -73,7 +71,7 @@ def _print(plan: Plan, done: Submitted) -> None:
         job = next(iter(done.submitted.values())).split("_")[0]
         after = f" after the source legs, job {done.sources}" if done.sources else ""
         print(f"submitted: job {job}{after}; logs: {plan.root / 'logs'}")
-        print("crossft sweep plan says what is done; the same command submits what is left, or prints the comparison")
+        print("crossft sweep plan says what is done; the same command submits what is left, and prints the comparison")
 
 
 def _outcomes(plan: Plan, done: Submitted) -> list[Outcome]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from crossft.reports.records import groups, headline, leaves, with_baseline
-from crossft.reports.stats import compare_paired, holm, interval
-from crossft.reports.tables import ALPHA, ArmTable, Cell, counted, run_counts
+from crossft.reports.stats import Interval, compare_paired, holm, interval
+from crossft.reports.tables import ALPHA, ArmTable, Cell, counted, power, run_counts
 from crossft.runs import higher_is_better
 
 __all__ = ["RANK", "overall"]
@@ -21,7 +21,8 @@ def overall(records: pd.DataFrame, baseline: str | None = None, metrics: Sequenc
     """Compare arms over tasks; a task is a pair of source and target. Experiments of one task have no such table.
 
     A value is a seed's mean over all tasks, its interval is over seeds; an arm without a seed that finished every task
-    has none. Differences to the baseline are paired by seed and task, so the test speaks of these tasks alone.
+    has none. Differences to the baseline are paired by task, averaged over the tasks of a seed, and tested over seeds:
+    the tasks of a seed share its source model and draws, so they are no independent pairs.
 
     Args:
         records: from ``read_records``.
@@ -55,17 +56,17 @@ def _table(
         counts,
         cells,
         baseline,
-        _notes(tasks, chosen, baseline),
+        _notes(tasks, cells, chosen, baseline),
     )
 
 
 def _column(tasks: dict[str, pd.DataFrame], arms: list[str], metric: str, baseline: str | None) -> dict[str, Cell]:
-    values = {arm: _values(tasks, arm, metric) for arm in arms}
-    found = {arm: interval(_means(values[arm], len(tasks))) for arm in arms}
+    means = {arm: _means(tasks, arm, metric) for arm in arms}
+    found = {arm: interval(list(means[arm].values())) for arm in arms}
     if baseline is None:
         return {arm: Cell(found[arm]) for arm in arms}
     others = [arm for arm in arms if arm != baseline]
-    compared = [compare_paired(values[arm], values.get(baseline, {})) for arm in others]
+    compared = [compare_paired(means[arm], means.get(baseline, {})) for arm in others]
     adjusted = holm([c.p if c is not None else float("nan") for c in compared])
     cells = {baseline: Cell(found[baseline])} if baseline in found else {}
     for arm, comparison, p in zip(others, compared, adjusted):
@@ -75,37 +76,33 @@ def _column(tasks: dict[str, pd.DataFrame], arms: list[str], metric: str, baseli
     return cells
 
 
-def _values(tasks: dict[str, pd.DataFrame], arm: str, metric: str) -> dict[tuple[str, int], float]:
-    """The arm's values by task and seed."""
-    found: dict[tuple[str, int], float] = {}
-    for name, runs in tasks.items():
-        own = runs[(runs["arm"] == arm) & runs[metric].notna()]
-        found |= {(name, int(seed)): float(value) for seed, value in zip(own["seed"], own[metric])}
-    return found
-
-
-def _means(values: dict[tuple[str, int], float], tasks: int) -> list[float]:
-    """The mean over tasks of each seed that has them all."""
+def _means(tasks: dict[str, pd.DataFrame], arm: str, metric: str) -> dict[int, float]:
+    """By seed, the arm's mean over tasks; of seeds that have them all."""
     seeds: dict[int, list[float]] = {}
-    for (_, seed), value in values.items():
-        seeds.setdefault(seed, []).append(value)
-    return [sum(some) / tasks for some in seeds.values() if len(some) == tasks]
+    for runs in tasks.values():
+        own = runs[(runs["arm"] == arm) & runs[metric].notna()]
+        for seed, value in zip(own["seed"], own[metric]):
+            seeds.setdefault(int(seed), []).append(float(value))
+    return {seed: sum(some) / len(tasks) for seed, some in seeds.items() if len(some) == len(tasks)}
 
 
 def _ranks(tasks: dict[str, pd.DataFrame], arms: list[str], metric: str) -> dict[str, Cell]:
     """Each arm's mean rank over tasks; arms that lack a task have none. Equal means share the mean of their ranks."""
     means = pd.DataFrame({name: runs.groupby("arm")[metric].mean() for name, runs in tasks.items()}).reindex(arms)
     ranks = means.dropna().rank(ascending=not higher_is_better(metric))
-    found = dict(zip(ranks.index, ranks.to_numpy().tolist()))
-    return {arm: Cell(interval(found.get(arm, []))) for arm in arms}
+    found = ranks.mean(axis=1)
+    nan = float("nan")
+    seeds = {arm: len(_means(tasks, arm, metric)) for arm in arms}
+    return {arm: Cell(Interval(found[arm], nan, nan, seeds[arm]) if arm in found else interval([])) for arm in arms}
 
 
-def _notes(tasks: dict[str, pd.DataFrame], chosen: Sequence[str], baseline: str | None) -> list[str]:
-    notes = [f"Mean over {len(tasks)} tasks of each seed that finished them all; ± is half of the 95 % interval."]
+def _notes(
+    tasks: dict[str, pd.DataFrame], cells: dict[tuple[str, str], Cell], chosen: Sequence[str], baseline: str | None
+) -> list[str]:
+    notes = [f"Mean over {len(tasks)} tasks of each seed that finished them all."]
     if baseline is not None:
-        notes[0] += (
-            f" ▲ better, ▼ worse than {baseline} on these tasks, paired by seed and task, p < {ALPHA} after Holm."
-        )
+        notes.append("Differences are paired by task and averaged over the tasks of a seed, as these share its source.")
+    notes += power(cells, baseline) or ["± is half of the 95 % Student t interval over seeds."]
     if chosen:
         notes.append(f"Rank 1 is the best mean of {chosen[0]} of a task, among arms that finished every task.")
     return notes

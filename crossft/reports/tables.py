@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -22,7 +23,7 @@ from crossft.reports.records import groups, headline, leaves, with_baseline
 from crossft.reports.stats import Comparison, Interval, compare_paired, holm, interval, smallest_p
 from crossft.runs import higher_is_better
 
-__all__ = ["ALPHA", "METHODS", "ArmTable", "Cell", "arm_table", "compare", "counted", "label", "run_counts"]
+__all__ = ["ALPHA", "METHODS", "ArmTable", "Cell", "arm_table", "compare", "counted", "label", "power", "run_counts", "text_of"]
 
 ALPHA = 0.05
 METHODS = (
@@ -134,11 +135,8 @@ class ArmTable:
         first = _tabular(self.heads(), self.rows(), self.notes)
         return f"{first}\n{_tabular(self.statistics_heads(), self.statistics(), [METHODS])}"
 
-    def csv(self) -> str:
-        """One line an arm and metric, at full precision."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_CSV)
+    def lines(self) -> Iterator[list[object]]:
+        """Yield one line an arm and metric, at full precision."""
         for (arm, metric), cell in self.cells.items():
             mean, sd, half, n = cell.value
             line: list[object] = [self.title, arm, metric, mean, half, sd, n]
@@ -146,8 +144,18 @@ class ArmTable:
                 c = cell.comparison
                 line += [c.difference.mean, c.difference.half, c.difference.n, c.p, cell.p_holm, c.d_z, c.g]
             padded = line + [""] * (len(_CSV) - len(line))
-            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in padded])
-        return text.getvalue()
+            yield ["" if isinstance(v, float) and math.isnan(v) else v for v in padded]
+
+
+def text_of(tables: Sequence[ArmTable], form: Literal["markdown", "latex", "csv"]) -> str:
+    """The tables as one text; CSV has one head, and the title of a table in its column ``group``."""
+    if form != "csv":
+        return "\n".join(getattr(table, form)() for table in tables)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV)
+    writer.writerows(line for table in tables for line in table.lines())
+    return text.getvalue()
 
 
 def _text(cell: Cell, seeds: int) -> str:
@@ -155,7 +163,7 @@ def _text(cell: Cell, seeds: int) -> str:
     if not n:
         return "—"
     digits = 3 if abs(mean) < 10 else 1
-    text = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if n > 1 else "")
+    text = f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
     text += f" (n={n})" if n != seeds else ""
     return text if cell.better is None else f"{text} {'▲' if cell.better else '▼'}"
 
@@ -252,7 +260,7 @@ def arm_table(
     cells: dict[tuple[str, str], Cell] = {}
     for metric in chosen:
         cells |= {(arm, metric): cell for arm, cell in _column(finished, arms, metric, baseline).items()}
-    notes += _power(cells, baseline)
+    notes += power(cells, baseline)
     counts = {arm: run_counts(runs.loc[runs["arm"] == arm, "status"]) for arm in arms}
     ordered = {(arm, metric): cells[arm, metric] for arm in arms for metric in chosen}
     return ArmTable(title, chosen, counts, ordered, baseline, notes)
@@ -307,7 +315,8 @@ def _baselines(runs: pd.DataFrame) -> list[str]:
     return [f"Beside them, {name}: {', '.join(found)}." for name, found in by_name.items()]
 
 
-def _power(cells: dict[tuple[str, str], Cell], baseline: str | None) -> list[str]:
+def power(cells: dict[tuple[str, str], Cell], baseline: str | None) -> list[str]:
+    """What ± and the marks mean, and whether any mark is possible; nothing without a baseline."""
     if baseline is None:
         return []
     note = "± is half of the 95 % Student t interval over seeds; "

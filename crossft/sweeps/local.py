@@ -201,6 +201,8 @@ class Local:
             process = self._spawn(run, slot, fresh, lock)
         except (RunError, OSError) as error:
             os.close(lock)
+            with suppress(RunError, OSError):
+                _record(run, "failed", str(error))
             self._end(Outcome(run, State.FAILED, str(error)), None, watcher)
             return
         self._active[slot] = _Active(run, process, lock, time.monotonic())
@@ -233,7 +235,10 @@ class Local:
             del self._active[slot]
             if active.run.source is not None and source_finished(active.run.folder):
                 self._ready.add(active.run.source)
-            state, why = judge(active.run, code)
+            try:
+                state, why = judge(active.run, code)
+            except (RunError, OSError) as error:  # a full disk, say: the other runs go on
+                state, why = State.FAILED, str(error)
             os.close(active.lock)
             self._end(Outcome(active.run, state, why, time.monotonic() - active.began), slot, watcher)
 
@@ -286,14 +291,19 @@ def judge(run: Run, code: int) -> tuple[State, str]:
         return state, reason(run.folder, run.log)
     if code == STOPPED or code < 0:
         why = "stopped by a signal" if code == STOPPED else f"killed by {_signal_name(-code)}"
-        if run.folder.summary_file.is_file() and run.folder.summary()["status"] == "running":
-            run.folder.write_summary(status="interrupted", error=why)
+        if not run.folder.summary_file.is_file() or run.folder.summary()["status"] == "running":
+            _record(run, "interrupted", why)
         return State.UNFINISHED, why
     why = tail(run.log) or f"it ended with exit code {code} and no result"
+    _record(run, "failed", why)
+    return State.FAILED, why
+
+
+def _record(run: Run, status: str, why: str) -> None:
+    """Write into the run's folder what became of it, so that it is in every comparison."""
     run.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     names = {"experiment": run.folder.path.parent.name, "arm": run.arm.name, "seed": run.seed}
-    run.folder.write_summary(status="failed", error=why, **names)
-    return State.FAILED, why
+    run.folder.write_summary(status=status, error=why, **names)
 
 
 def _signal_name(number: int) -> str:

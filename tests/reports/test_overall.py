@@ -1,10 +1,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from reports.folders import write_run
 
-from crossft.reports.overall import RANK, overall
+from crossft.reports.overall import RANK, _column, overall
 from crossft.reports.page import write_page
 from crossft.reports.records import read_records
 from crossft.reports.tables import ArmTable
@@ -41,18 +43,51 @@ def test_values_are_means_over_tasks_with_intervals_over_seeds(table: ArmTable) 
     assert table.runs == {"base": "12", "better": "12", "mixed": "12", "partly": "1, 2 failed"}
 
 
-def test_pairs_are_seeds_and_tasks(table: ArmTable) -> None:
+def test_pairs_are_seeds_that_finished_every_task(table: ArmTable) -> None:
     better = table.cells["better", "target/test/accuracy"]
     assert better.comparison is not None
-    assert better.comparison.difference.n == 12
+    assert better.comparison.difference.n == SEEDS
     assert better.comparison.difference.mean == pytest.approx(0.1)
-    assert better.comparison.p == 2 / 2**12
-    assert better.p_holm == 3 * 2 / 2**12
-    assert better.better is True
-    assert table.cells["mixed", "target/test/accuracy"].better is None
-    partly = table.cells["partly", "target/test/accuracy"].comparison
-    assert partly is not None
-    assert partly.difference.n == 1
+    assert better.comparison.p == 2 / 2**SEEDS
+    assert better.p_holm == 2 * 2 / 2**SEEDS
+    assert better.better is None, "four seeds cannot mark anything"
+    assert any("needed for 2 arms" in note for note in table.notes)
+    assert table.cells["partly", "target/test/accuracy"].comparison is None
+
+
+def test_a_seed_without_a_task_is_in_neither_mean_nor_difference(tmp_path: Path) -> None:
+    for target, shift in TASKS.items():
+        for seed in range(3):
+            write_run(tmp_path / target / "p", "base", seed, 0.5 + shift, **on(target))
+            lost = (target, seed) == ("art", 2)
+            value = 0.6 + shift + 0.01 * seed
+            write_run(tmp_path / target / "p", "arm", seed, value, **on(target, status="failed" if lost else "finished"))
+    (table,) = overall(read_records([tmp_path]), "base")
+    cell = table.cells["arm", "target/test/accuracy"]
+    assert cell.comparison is not None
+    assert (cell.value.n, cell.comparison.difference.n) == (2, 2)
+    assert cell.comparison.difference.mean == pytest.approx(0.105)
+    assert [row[-1] for row in table.rows() if row[0] == "arm"] == ["1.000"], "no n of tasks"
+
+
+def test_tasks_that_share_a_seeds_effect_do_not_count_as_pairs(tmp_path: Path) -> None:
+    """Nothing differs but a draw of each seed and arm, as large as the noise, which all tasks of the seed share."""
+    rng = np.random.default_rng(0)
+    inside, small, repeats, seeds = 0, 0, 300, 6
+    for _ in range(repeats):
+        shared = rng.normal(0, 0.01, (2, seeds))
+        rows = [
+            {"arm": arm, "seed": seed, "score": 0.5 + shared[a, seed] + rng.normal(0, 0.01), "task": task}
+            for task in range(8) for a, arm in enumerate(("base", "arm")) for seed in range(seeds)
+        ]  # fmt: skip
+        frame = pd.DataFrame(rows)
+        tasks = {str(task): some for task, some in frame.groupby("task")}
+        comparison = _column(tasks, ["base", "arm"], "score", "base")["arm"].comparison
+        assert comparison is not None
+        inside += abs(comparison.difference.mean) <= comparison.difference.half
+        small += comparison.p < 0.05
+    assert 0.91 <= inside / repeats <= 0.98
+    assert small / repeats <= 0.08
 
 
 def test_ranks_are_averaged_over_tasks_that_all_arms_finished(table: ArmTable) -> None:
@@ -80,4 +115,4 @@ def test_one_task_has_no_such_table(tmp_path: Path) -> None:
 def test_page_shows_it_first(tmp_path: Path, table: ArmTable) -> None:
     html = write_page([tmp_path], tmp_path / "page.html", baseline="base").read_text()
     assert 0 < html.index("<h2>pacs: over 3 tasks</h2>") < html.index("<h2>pacs: photo → art</h2>")
-    assert "paired by seed and task" in html
+    assert "averaged over the tasks of a seed" in html

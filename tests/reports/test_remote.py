@@ -19,7 +19,7 @@ from crossft.cli import main
 from crossft.errors import RunError
 from crossft.reports.records import find_runs, read_records
 from crossft.reports.remote import read_project
-from crossft.reports.tables import compare
+from crossft.reports.tables import compare, text_of
 from crossft.runs import RunFolder
 
 
@@ -122,7 +122,7 @@ def test_a_project_reads_like_the_folders_of_its_runs(local: Path, api: Api) -> 
     assert "W&B says crashed; see https://wandb.ai/us/pacs/runs/better4" in crashed["error"]
     assert np.isnan(crashed["target/test/accuracy"])
     mine_table, theirs_table = compare(project, "base")[0], compare(folders, "base")[0]
-    assert mine_table.csv() == theirs_table.csv()
+    assert text_of([mine_table], "csv") == text_of([theirs_table], "csv")
     assert mine_table.runs["better"] == "3, 2 failed"
 
 

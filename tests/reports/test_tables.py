@@ -10,7 +10,7 @@ from rich.console import Console
 from crossft.errors import ConfigError
 from crossft.reports.final import final_rows, final_table
 from crossft.reports.records import read_records
-from crossft.reports.tables import ArmTable, compare, label
+from crossft.reports.tables import ArmTable, compare, label, text_of
 
 NOISE = (0.00, 0.01, -0.01, 0.02, -0.02, 0.005, -0.005, 0.0)
 
@@ -77,7 +77,7 @@ def test_latex_is_escaped_and_complete(table: ArmTable) -> None:
 
 
 def test_csv_is_at_full_precision(table: ArmTable) -> None:
-    rows = list(csv.DictReader(io.StringIO(table.csv())))
+    rows = list(csv.DictReader(io.StringIO(text_of([table], "csv"))))
     assert len(rows) == 3 * 4
     row = next(r for r in rows if r["arm"] == "better_one" and r["metric"] == "target/test/accuracy")
     assert float(row["mean"]) == table.cells["better_one", "target/test/accuracy"].value.mean

@@ -1,8 +1,8 @@
 """Stands in for ``crossft fit`` and ``crossft resume``: writes run folders as they do, and trains nothing.
 
 Every start is noted in ``starts.txt`` beside the run folders. Settings come from the flags ``--fake.NAME=VALUE``:
-``seconds`` (of the run), ``source`` (seconds of its source leg), ``end`` (finish, fail, silent, kill, deaf,
-early), ``once`` (the run stops that way the first time only), and ``x`` (what a search looks for: 0.3 is best). A run
+``seconds`` (of the run), ``source`` (seconds of its source leg), ``end`` (finish, fail, silent, kill, dead,
+deaf, early), ``once`` (the run stops that way the first time only), and ``x`` (what a search looks for: 0.3 is best). A run
 of a search reports three validations.
 """
 
@@ -39,6 +39,8 @@ def main() -> int:
     if flags.get("fake.end") == "early":
         print("crossft: error: data.root=nowhere: there is no such folder", file=sys.stderr)
         return 2
+    if flags.get("fake.end") == "dead":
+        os.kill(os.getpid(), signal.SIGKILL)
     if command == "fit":
         source = folder.path.parent / f"source-{flags.get('fake.leg', 'a')}"
         domains = {"source": ["photo"], "target": [flags.get("data.target", "sketch")]}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sweeps.sweeping import PROGRAM, planned, sweep, write_sweep
+from sweeps.sweeping import PROGRAM, planned, starts, sweep, write_sweep
 
 from crossft.cli import main
 from crossft.cli.sweep import close, print_plan, report
@@ -60,13 +60,26 @@ def test_report_holds_every_arm_and_the_end_says_why_some_failed(
     assert close(outcomes) == 1
     printed = capsys.readouterr().out
     assert "failed: bad (sketch) s0: TrainingError: the loss is NaN at step 3" in printed
-    assert printed.count("best mean of target/test/accuracy: better (0.7050)") == 3
+    assert printed.count("best mean of target/test/accuracy, without a test: better (0.7050)") == 3
     rows = list(csv.DictReader(io.StringIO((plan.root / "comparison.csv").read_text())))
-    assert {row["group"] for row in rows} > {"small: photo → sketch", "small: over 2 tasks"}
+    tasks = {"small: photo → sketch", "small: photo → cartoon"}
+    assert {row["group"] for row in rows} == {*tasks, "small: over 2 tasks"}, "one head for all tables"
     page = (plan.root / "comparison.html").read_text()
     assert "the loss is NaN at step 3" in page
     assert "| bad | 0, 2 failed |" in (plan.root / "comparison.md").read_text()
     assert sorted(p.name for p in plan.root.glob("*.png")) == ["tradeoff-1.png", "tradeoff-2.png"]
+
+
+def test_a_run_that_was_killed_before_it_could_write_is_in_the_table(tmp_path: Path) -> None:
+    plan = planned(write_sweep(tmp_path, arms={"good": {}, "dead": {"fake.end": "dead"}}, seeds=2))
+    outcomes, _ = sweep(plan, slots=2)
+    assert {o.reason for o in outcomes if o.run.arm.name == "dead"} == {"killed by SIGKILL"}
+    report(plan)
+    assert "| dead | 0, " in (plan.root / "comparison.md").read_text()
+    assert "killed by SIGKILL" in (plan.root / "comparison.html").read_text()
+    assert "dead" in (plan.root / "comparison.csv").read_text()
+    sweep(plan, slots=2)
+    assert len(starts(plan, "fit")) == 6, "2 finished; 2 began twice, from nothing"
 
 
 def test_other_runs_of_the_experiment_are_not_compared(tmp_path: Path) -> None:
