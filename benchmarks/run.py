@@ -29,6 +29,7 @@ SECTIONS = {
     "memory": ("Start-up and memory beside the peers", "peers.py --steps 0 --starts 1"),
     "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2"),
     "importance": ("Importance and penalties", "importance.py"),
+    "compare": ("Comparing 500 run folders", "compare_folders.py"),
     "sharing": ("Six methods that share a source model", "shared_prefix.py --slots 1"),
 }
 HEAD = """# Benchmarks
