@@ -169,8 +169,9 @@ class Leg:
         seed_everything(config.seed_everything, workers=True, verbose=False)
         task = build_task(self.settings, self.data)
         trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
-        select = checked_metric("select", config.select.metric, task, self.data)
-        checked_metric("trial.metric", config.trial.metric, task, self.data)
+        rows = self.data.describe()
+        select = checked_metric("select", config.select.metric, task.domains, rows)
+        checked_metric("trial.metric", config.trial.metric, task.domains, rows)
         methods = build_methods(self.settings)
         before = self._before(task, trained) if config.before else {}
         self._fit(task, methods, select)

@@ -18,6 +18,7 @@ from crossft.cli.loggers import wandb_id
 from crossft.cli.parser import Settings
 from crossft.cli.saved import read_splits
 from crossft.cli.screen import quiet_lightning
+from crossft.cli.selection import checked_metric
 from crossft.cli.slurm import restarted
 from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
@@ -170,6 +171,7 @@ class Chain:
             )
         if self.folder.summary()["status"] == "finished":
             return {"folder": str(self.folder.path), "finished": True}
+        self._check_metrics(self.folder, data)
         plan: dict[str, Any] = {"folder": str(self.folder.path), "resume": _text(latest_valid(self.folder.checkpoints))}
         if source_data is not None:
             plan |= self._decide_source(source_data)
@@ -177,6 +179,16 @@ class Chain:
         if init is not None and self.settings.config.before:
             adopt_before(self.folder, shared_before(self.settings, data, init))
         return plan
+
+    def _check_metrics(self, folder: RunFolder, data: DomainData) -> None:
+        """Refuse a metric that the run's validation does not measure, before another run is trained for it."""
+        config = self.settings.config
+        try:
+            for key, metric in (("select", config.select.metric), ("trial.metric", config.trial.metric)):
+                checked_metric(key, metric, data.domains, data.describe())
+        except ConfigError as error:
+            folder.write_summary(status="failed", error=f"ConfigError: {error}")
+            raise
 
     def _decide_source(self, data: DomainData) -> dict[str, Any]:
         """Reuse a finished source, continue an unfinished one, or begin; one process at a time, under a lock."""

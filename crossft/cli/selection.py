@@ -20,27 +20,53 @@ from crossft.errors import ConfigError, RunError
 from crossft.metrics import domain_metrics, primary_metric
 from crossft.runs import RunFolder, gain, higher_is_better, read_metrics, write_atomic
 from crossft.tasks import Task
+from crossft.tasks.evaluation import display_names
+from crossft.types import Domain
 
-__all__ = ["checked_metric", "oracle_folder", "oracle_metrics", "remove_oracle_files", "scores_followed"]
+__all__ = [
+    "checked_metric",
+    "oracle_folder",
+    "oracle_metrics",
+    "remove_oracle_files",
+    "scores_followed",
+    "validation_metrics",
+]
 
 
-def checked_metric(key: str, metric: str | None, task: Task, data: DomainData) -> str | None:
+def validation_metrics(domains: Sequence[Domain], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every metric that a validation of these domains can give: of those with labels there, and scores without labels.
+
+    Args:
+        domains: of the run.
+        rows: what ``DomainData.describe`` says of them.
+    """
+    names, labeled = display_names(domains), {row["domain"] for row in rows if row["val_labels"]}
+    known = [
+        f"{names[d.name]}/val/{name}"
+        for d in domains
+        if d.name in labeled
+        for name in ("loss", *domain_metrics(d, sync=False).keys())
+    ]
+    return [*known, *score_keys(domains, rows)]
+
+
+def checked_metric(
+    key: str, metric: str | None, domains: Sequence[Domain], rows: Sequence[Mapping[str, Any]]
+) -> str | None:
     """The validation metric that chooses the checkpoint (``select``), or that a search reads (``trial.metric``).
+
+    Args:
+        key: which of them.
+        metric: its name.
+        domains: of the run.
+        rows: what ``DomainData.describe`` says of them.
 
     Raises:
         ConfigError: validation does not measure it.
     """
     if metric is None or (key == "trial.metric" and "/val/" not in metric):
         return None
-    names = task.evaluation.names
-    labeled = {row["domain"] for row in data.describe() if row["val_labels"]}
-    known = [
-        f"{names[d.name]}/val/{name}"
-        for d, metrics in zip(task.domains, task.evaluation.metrics, strict=True)
-        if d.name in labeled
-        for name in ["loss", *metrics.keys()]  # type: ignore[operator]
-    ]
-    known += score_keys(task, data)
+    known = validation_metrics(domains, rows)
     if metric not in known:
         instead = ", or null for the last checkpoint" if key == "select" else ""
         raise ConfigError(
@@ -63,7 +89,7 @@ def scores_followed(
         searched: the metric that a search reads.
     """
     followed = {select, searched, *(getattr(c, "monitor", None) for c in (*callbacks, task.schedule))}
-    wanted = {name for key, name in score_keys(task, data).items() if key in followed}
+    wanted = {name for key, name in score_keys(task.domains, data.describe()).items() if key in followed}
     for callback in callbacks:
         if isinstance(callback, Scores):
             wanted -= set(wanted if callback.scores is None else callback.scores)

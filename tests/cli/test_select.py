@@ -97,6 +97,14 @@ def test_a_model_validated_between_steps_can_be_chosen(fit: Fit, tmp_path: Path)
     assert metrics["oracle/target/regret/source/val/accuracy"] is not None
 
 
+def test_a_metric_that_is_not_measured_is_refused_before_the_source_is_fitted(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tmp_path, "--select=target/val/nonsense") == 2
+    assert "select='target/val/nonsense' is not measured in validation" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_target_labels_move_the_oracle_alone(chosen: RunFolder, fit: Fit, images: Path, tmp_path: Path) -> None:
     """With the target's labels permuted, weights, choice and all other metrics are the same bits."""
     data = tmp_path / "data"

@@ -111,7 +111,7 @@ class Health(Callback):
                 "or more; set data.source and data.target, or raise the validation share in data.splits"
             )
         self._layers = [layer_of(pl_module, name, allowed=("features",)) for name in self._stages(pl_module)]
-        allowed = score_keys(pl_module, data)
+        allowed = score_keys(pl_module.domains, data.describe())
         self._votes = {key: name for key, name in allowed.items() if name in VOTES}
         self._before = reference_scores(Path(trainer.default_root_dir), self.reference)
         self._warned, self._last, self.gradients = set(), {}, {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,8 @@ from crossft.functional.selection import (
 )
 from crossft.metrics.probes import FOLDS, domain_probabilities, reverse_validation
 from crossft.tasks import Task
-from crossft.types import Domain
+from crossft.tasks.evaluation import display_names
+from crossft.types import Domain, head_of
 
 __all__ = ["SCORES", "Score", "Scores", "score_keys"]
 
@@ -74,27 +75,32 @@ SCORES: dict[str, Score] = {
 """By name in ``TARGET/val/NAME``. ``entropy``, ``dev`` and ``iwcv`` are better where lower, the others where higher."""
 
 
-def _sources(task: Task, data: Any, target: Domain) -> list[str]:
+def _sources(domains: Sequence[Domain], rows: Sequence[Mapping[str, Any]], target: Domain) -> list[str]:
     """Names of the source domains that share the target's head and have enough labeled validation rows."""
-    labeled = {row["domain"] for row in data.describe() if row["val_labels"] >= FOLDS}
-    own = task.head_keys[target.name]
-    return [d.name for d in task.domains if d.role == "source" and task.head_keys[d.name] == own and d.name in labeled]
+    labeled = {row["domain"] for row in rows if row["val_labels"] >= FOLDS}
+    keys = head_of(domains)
+    own = keys[target.name]
+    return [d.name for d in domains if d.role == "source" and keys[d.name] == own and d.name in labeled]
 
 
-def score_keys(task: Task, data: Any) -> dict[str, str]:
+def score_keys(domains: Sequence[Domain], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The validation metrics that exist without a target's labels, by key ``TARGET/val/NAME``: the score's name.
 
     Of a target with 5 validation rows or more: scores of predictions where its labels are exclusive classes, scores
     that need the source where one shares its label space and has as many labeled validation rows.
+
+    Args:
+        domains: of the run.
+        rows: what ``DomainData.describe`` says of them.
     """
-    names, rows = task.evaluation.names, {row["domain"]: row["val"] for row in data.describe()}
+    names, counts = display_names(domains), {row["domain"]: row["val"] for row in rows}
     found: dict[str, str] = {}
-    for domain in task.domains:
-        if domain.role != "target" or rows[domain.name] < FOLDS:
+    for domain in domains:
+        if domain.role != "target" or counts[domain.name] < FOLDS:
             continue
         for name, score in SCORES.items():
             fits = domain.kind == "multiclass" or not score.classes
-            if fits and (not score.needs_source or _sources(task, data, domain)):
+            if fits and (not score.needs_source or _sources(domains, rows, domain)):
                 found[f"{names[domain.name]}/val/{name}"] = name
     return found
 
@@ -140,7 +146,7 @@ class Scores(Callback):
             return
         if not isinstance(pl_module, Task):
             raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")
-        allowed = score_keys(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        allowed = score_keys(pl_module.domains, trainer.datamodule.describe())  # type: ignore[attr-defined]
         wanted = self.scores or list(SCORES)
         missing = [s for s in self.scores or () if s not in allowed.values()]
         if missing or not allowed:
@@ -188,7 +194,9 @@ class Scores(Callback):
             if target is None:
                 continue
             needed = any(SCORES[name].needs_source for name in mine.values())
-            source = _joined(self._rows, _sources(task, data, domain), self.limit) if needed else None
+            source = (
+                _joined(self._rows, _sources(task.domains, data.describe(), domain), self.limit) if needed else None
+            )
             for key, name in mine.items():
                 missing = SCORES[name].needs_source and source is None
                 value = float("nan") if missing else SCORES[name].compute(target, source)
