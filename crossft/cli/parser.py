@@ -236,7 +236,7 @@ class Settings(LightningCLI):
             return found
         except ValueError as error:
             cause: BaseException = error
-            while cause.__cause__ is not None:
+            while cause.__cause__ is not None and not isinstance(cause, CrossftError):
                 cause = cause.__cause__
             if cause is error:
                 raise
