@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,18 @@ from crossft.sweeps.arms import Arm, arguments, expand
 from crossft.sweeps.file import SweepFile
 from crossft.sweeps.state import State, state_of
 
-__all__ = ["Cost", "Plan", "Run", "difference", "make_plan", "measured_costs", "one_run", "resolved", "source_seed"]
+__all__ = [
+    "Cost",
+    "Plan",
+    "Run",
+    "difference",
+    "make_plan",
+    "measured_costs",
+    "one_run",
+    "refuse_metric",
+    "resolved",
+    "source_seed",
+]
 
 NAMED = ("arm", "experiment", "seed_everything", "run")
 """Keys by which the runs of one arm differ."""
@@ -152,6 +164,7 @@ def make_plan(sweep: SweepFile, allow: Sequence[str] = (), program: Sequence[str
     lines += [[*common, *arguments(arm.overrides), f"--arm={arm.name}"] for arm in arms]
     base, *found = resolved(lines, allow, program)
     _refuse(sweep, arms, found)
+    refuse_metric(sweep, found)
     root = Path(found[0]["config"]["run"]["root"]) / sweep.experiment
     allowed = tuple(f"--allow={package}" for package in allow)
     runs = []
@@ -222,7 +235,10 @@ def resolved(
     """
     asked = json.dumps({"lines": lines, "allow": [*allow]})
     words = [*(program or [sys.executable, "-m", "crossft.cli.resolve"])]
-    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False)
+    environment = dict(os.environ)
+    if program is None:  # it trains nothing: no hub is asked, and a job that plans is not the one that will run
+        environment = {k: v for k, v in environment.items() if not k.startswith("SLURM_")} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RunError(f"the configs could not be checked: {' '.join(done.stderr.split()[-60:])}")
     return list(json.loads(done.stdout))
@@ -241,6 +257,24 @@ def _refuse(sweep: SweepFile, arms: Sequence[Arm], found: Sequence[Mapping[str, 
                 "whether an override says what the base says anyway"
             )
         seen[text] = arm
+
+
+def refuse_metric(sweep: SweepFile, found: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a metric of the file that none of its runs measures, as far as their metrics are known.
+
+    Raises:
+        ConfigError: ``metric`` is of the form ``DOMAIN/val/METRIC`` or ``DOMAIN/test/METRIC``, and no run has it.
+    """
+    metric, parts = sweep.metric, (sweep.metric or "").split("/")
+    lists = [one.get("metrics") for one in found]
+    if metric is None or len(parts) != 3 or parts[1] not in ("val", "test"):
+        return
+    known = dict.fromkeys(name for names in lists for name in names or ())
+    if all(names is not None for names in lists) and metric not in known:
+        allowed = ", ".join(name for name in known if f"/{parts[1]}/" in name)
+        raise ConfigError(
+            f"{sweep.path}: metric.name={metric!r} is measured by no arm; allowed: {allowed or 'nothing'}"
+        )
 
 
 def difference(base: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from crossft.sweeps.arms import DOMAINS, Arm, applies, arguments, arm_of, named_
 from crossft.sweeps.file import SweepFile
 from crossft.sweeps.local import Outcome
 from crossft.sweeps.parameters import Parameter
-from crossft.sweeps.plan import Plan, Run, measured_costs, resolved, source_seed
+from crossft.sweeps.plan import Plan, Run, measured_costs, refuse_metric, resolved, source_seed
 from crossft.sweeps.state import State, state_of
 from crossft.sweeps.study import TrialStudy, check_optuna
 
@@ -176,6 +176,7 @@ def make_search(sweep: SweepFile, allow: Sequence[str] = (), program: Sequence[s
         for index in range(len(places)):
             own = [(arm, one) for (n, i, arm), one in zip(asked, found) if (n, i) == (name, index)]
             _refuse(sweep, own[1:])
+            refuse_metric(sweep, [one for _, one in own[1:]])
             hashes.append(next(one["hash"] for _, one in own if "hash" in one))
             legs = {(one["source"], one["source_seed"]) for _, one in own[1:]}
             leg = next(iter(legs))

@@ -83,11 +83,15 @@ def test_bad_arm_is_refused_by_name_before_any_starts(study: Path, capsys: pytes
     bad = study.with_name("bad.yaml")
     content = yaml.safe_load(study.read_text())
     arms = {"good": {}, "typo": {"methods.l2sp.wieght": 1}, "minus": {"data.batch_size": -1}}
+    arms |= {"model": {"model.backbone.name": "nonsense_net"}, "domain": {"data.eval": "nowhere"}}
+    arms |= {"choice": {"select.metric": "target/val/nonsense"}, "deep": {DEPTH: 99}}
+    arms |= {"devices": {"trainer.strategy": "nonsense"}}
     parameters = {k: v for k, v in content["parameters"].items() if "value" in v}
     bad.write_text(yaml.safe_dump({**content, "arms": arms, "parameters": parameters}))
     assert main(["sweep", "plan", str(bad)]) == 2
     error = capsys.readouterr().err
-    assert "2 of 3 arms are refused" in error
+    assert "7 of 8 arms are refused" in error
+    assert all(f"arm {name}: " in error for name in arms if name != "good")
     assert "arm typo: " in error
     assert "wieght" in error
     assert "arm minus: data.batch_size=-1 must be at least 1" in error
