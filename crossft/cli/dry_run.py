@@ -139,7 +139,7 @@ class DryRun:
         return self._once("data", {k: v for k, v in plain.items() if k not in _UNTRAINED}, find)
 
     def _task(self, settings: Settings, plain: Mapping[str, Any], seen: Foreseen, here: bool) -> Task | None:
-        """The task without weights; None where only a network could tell what it is."""
+        """The task without weights; None where it may be that only another machine can build it."""
         settings.set_domains(seen.domains)
         model = settings.config.model
         if "optimizer" in model.init_args:  # checked by the parser already, and what arms differ in most
@@ -149,7 +149,7 @@ class DryRun:
             unsure = [_without_weights(part, here) for part in _parts(model)]
             try:
                 return _built(settings)
-            except BackboneError:
+            except Exception:
                 if any(unsure):
                     return None
                 raise
@@ -162,15 +162,13 @@ def _trainer(settings: Settings) -> Trainer:
     """The config's Trainer; where it asks for devices that this machine lacks, one for a single CPU."""
     config = settings.config.trainer
     config.logger = False  # some loggers make a run of theirs when they are built
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     try:
-        return build_trainer(settings, **quiet)
+        return build_trainer(settings)
     except ConfigError:
         named = config.strategy if isinstance(config.strategy, str) else "auto"
-        if config.accelerator == "cpu" or torch.cuda.is_available() or named not in ("auto", *_strategies()):
+        if config.accelerator == "cpu" or named not in ("auto", *_strategies()):
             raise
-        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
-        return build_trainer(settings, **quiet, **here)
+        return build_trainer(settings, accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision=None)
 
 
 def _strategies() -> Sequence[str]:
@@ -219,7 +217,9 @@ def _parts(model: Any) -> list[Any]:
 
 
 def _without_weights(part: Any, here: bool) -> bool:
-    """Leave out the weights of a backbone; return whether only a network could tell what its name stands for.
+    """Leave out the weights of a backbone; return whether it may be one that can be built elsewhere alone.
+
+    That is a name on the hub, and any class that is not ours: what it reads is not known.
 
     Args:
         part: an object's config.
@@ -231,7 +231,7 @@ def _without_weights(part: Any, here: bool) -> bool:
     module, _, name = str(part.class_path).rpartition(".")
     kind = getattr(import_module(module), name)
     if kind not in (Timm, Transformer):
-        return False
+        return not str(kind.__module__).startswith(("crossft.", "torch."))
     arguments = part.init_args
     name, weights = str(arguments.name), arguments.weights
     arguments.weights = None
