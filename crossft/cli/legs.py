@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from crossft.cli.saved import read_splits
 from crossft.cli.screen import quiet_lightning
 from crossft.cli.selection import checked_metric
 from crossft.cli.slurm import restarted
+from crossft.cli.source_leg import laid_over
 from crossft.cli.weights import checkpoint_of
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError, Interrupted, RunError
@@ -37,6 +39,12 @@ NOT_TRAINED = (
     "model.init_args.domains", "init",
 )  # fmt: skip
 """Keys that do not change what is trained, or that stand in a run's id or hash by content: left out of the hash."""
+_ROWS = (
+    "root", "source", "target", "eval", "source_labels", "target_labels", "shots", "fraction", "validation_from_labels",
+    "split", "splits", "group", "split_seed", "limit", "reader", "kind", "labels", "text_column", "pair_column",
+    "label_column", "image_column", "split_column", "id_column",
+)  # fmt: skip
+"""Keys of the data that decide which rows a target has, and which of them have labels."""
 
 
 def prepared(settings: Settings, manifest: dict[str, Any] | None = None) -> DomainData:
@@ -50,34 +58,62 @@ def prepared(settings: Settings, manifest: dict[str, Any] | None = None) -> Doma
 
 
 def source_settings(settings: Settings) -> Settings:
-    """The config of the leg that fits the source first: the same, on the source alone, without methods.
+    """The config of the leg that is fitted first: the same, on the source alone, without methods.
 
-    The target takes no part in it, neither its rows nor its name, so legs to other targets share the result.
+    The target takes no part in it, neither its rows nor its name, so legs to other targets share the result. With
+    ``source_leg.data.train_on: target`` it is fitted to the target alone, on the very rows whose labels the run has.
+
+    Raises:
+        ConfigError: an override would train on labels that the run does not have.
     """
     plain = settings.plain()
     overrides = plain.pop("source_leg") or {}
-    plain["data"] |= {"target": None, "eval": None, "shots": None, "fraction": None, "target_labels": "all"}
-    plain["data"] |= {"validation_from_labels": False, "mix": None, "epoch": "longest", "train_on": "source"}
+    data, probe = plain["data"], _on_target(overrides)
+    _check_overrides(overrides, data, plain["sequence"])
+    data |= {"eval": None, "mix": None, "epoch": "longest", "train_on": "target" if probe else "source"}
+    if not probe:
+        data |= {"shots": None, "fraction": None, "target_labels": "all", "validation_from_labels": False}
+    data["source" if probe else "target"] = None
     plain |= {"methods": {}, "init": None, "arm": "source", "sequence": None}
     plain["select"] = {"metric": None, "oracle": False}
     plain["trial"] = {}
-    merged = _merged(plain, overrides)
-    merged["data"] |= {"target": None, "train_on": "source"}
+    merged = laid_over(plain, overrides)
+    merged["data"]["source" if probe else "target"] = None
     merged["run"]["dir"] = None
     return Settings(merged, "fit", settings.allowed)
 
 
-def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``overrides`` laid over it; another class starts from its own defaults."""
-    merged = dict(base)
-    if overrides.get("class_path", base.get("class_path")) != base.get("class_path"):
-        merged.pop("init_args", None)
-    for key, value in overrides.items():
-        if key == "params" and value is None:
-            continue  # of a torch optimizer named by its class: the parser fills it in and does not take it back
-        old = merged.get(key)
-        merged[key] = _merged(old if isinstance(old, dict) else {}, value) if isinstance(value, dict) else value
-    return merged
+def _on_target(overrides: Mapping[str, Any]) -> bool:
+    """Whether the leg is fitted to the target."""
+    return (overrides.get("data") or {}).get("train_on") in ("target", ["target"])
+
+
+def _check_overrides(overrides: Mapping[str, Any], data: Mapping[str, Any], sequence: Any) -> None:
+    """Refuse a leg that would see other labels of a target than the run itself."""
+    own = overrides.get("data") or {}
+    if own.get("train_on", "source") not in ("source", "target", ["source"], ["target"]):
+        raise ConfigError(f"source_leg.data.train_on={own['train_on']} must be source or target: the leg has one role")
+    if not _on_target(overrides):
+        for role in ("target", "eval"):
+            if shared := {*_names(own.get("source"))} & {*_names(data[role])}:
+                raise ConfigError(
+                    f"source_leg.data.source={own['source']}: {min(shared)!r} is a data.{role} of the run, and the leg "
+                    "would train on labels that the run may not have; to fit the target's labeled rows first, set "
+                    "source_leg.data.train_on=target and leave source_leg.data.source out"
+                )
+        return
+    if sequence is not None:
+        raise ConfigError("source_leg.data.train_on=target: a sequence starts from its first domain; leave it out")
+    for key in _ROWS:
+        if key in own and own[key] != data[key]:
+            raise ConfigError(
+                f"source_leg.data.{key}={own[key]}: with source_leg.data.train_on=target the leg trains on the rows "
+                f"that have labels in the run, and data.{key}={data[key]} chooses them; leave it out"
+            )
+
+
+def _names(value: str | list[str] | None) -> list[str]:
+    return [name.strip() for name in (value.split(",") if isinstance(value, str) else value or ())]
 
 
 def chosen_by_source(data: DomainData) -> str | None:
@@ -104,7 +140,8 @@ class Chain:
             raise ConfigError("trainer.fast_dev_run leaves no checkpoint to measure; use --trainer.max_steps 2")
         self.init = checkpoint_of(config.init) if config.init else None
         self.source: Settings | None = None
-        if config.source_leg is not None and config.init is None and config.data.source:
+        first = config.source_leg
+        if first is not None and config.init is None and (config.data.source or _on_target(first)):
             self.source = source_settings(settings)
         elif config.run.only_source:
             raise ConfigError("run.only_source=true: this config fits no source first (source_leg, data.source, init)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ def wandb_logger(
         config: the whole resolved config, which becomes that of the W&B run.
         fingerprint: hash over the data's content and splits.
     """
-    mode, source = wandb_mode(options), config["arm"] == "source" and config["data"]["target"] is None
+    mode = wandb_mode(options)
+    source = config["arm"] == "source" and re.fullmatch(r"source-[0-9a-f]{8}", folder.path.name) is not None
     if mode == "disabled" or (source and _agent()):  # the agent's run is the leg that starts from this one
         return None
     import wandb

@@ -22,6 +22,7 @@ from crossft.cli.options import (
     WatchOptions,
 )
 from crossft.cli.safety import check_values, deny_by_default, take_allowed
+from crossft.cli.source_leg import laid_over, take_source_leg
 from crossft.data import DomainData
 from crossft.errors import ConfigError, CrossftError, UnsafeConfigError
 from crossft.tasks import Task
@@ -170,12 +171,16 @@ class Settings(LightningCLI):
             if isinstance(args, dict):
                 self.config = parser.parse_object(args)
             else:
-                words, nulls = take_nulls(list(args or []))
+                words, first = take_source_leg(list(args or []))
+                words, nulls = take_nulls(words)
                 self.config = parser.parse_args(words)
-                if nulls:
-                    for key in nulls:
-                        set_null(self.config, key)
-                    self.config = parser.parse_object(self.plain())
+                for key in nulls:
+                    set_null(self.config, key)
+                if nulls or first:
+                    plain = self.plain()
+                    if first:
+                        plain["source_leg"] = laid_over(plain["source_leg"] or {}, first)
+                    self.config = parser.parse_object(plain)
         except CrossftError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, OSError, yaml.YAMLError) as error:
