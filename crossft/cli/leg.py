@@ -166,6 +166,8 @@ class Leg:
 
     def _run(self) -> None:
         config = self.settings.config
+        first_step, run_id = self._position()
+        self._start_wandb(run_id)
         seed_everything(config.seed_everything, workers=True, verbose=False)
         task = build_task(self.settings, self.data)
         trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
@@ -174,7 +176,7 @@ class Leg:
         checked_metric("trial.metric", config.trial.metric, task.domains, rows)
         methods = build_methods(self.settings)
         before = self._before(task, trained) if config.before else {}
-        self._fit(task, methods, select)
+        self._fit(task, methods, select, first_step, run_id)
         if not self.folder.best.is_file():
             select = None  # no choice was asked for, or the fit ended before any validation
         chosen = self.folder.last if select is None else self.folder.best
@@ -231,14 +233,17 @@ class Leg:
                 keep_before(self.folder, shared_before(self.settings, self.data, self.init))
         return before
 
-    def _fit(self, task: Task, methods: list[Callback], select: str | None) -> None:
-        """Train to the end, from the start or from the checkpoint to resume."""
+    def _start_wandb(self, run_id: str) -> None:
+        """Start the W&B run before anything can fail, so that it tells of a run that fails early, too."""
+        if self.launch.first:
+            self.settings.set_domains(self.data.domains)
+            plain, content = self.settings.plain(), self.data.fingerprint
+            self.wandb = wandb_logger(self.folder, self.settings.config.wandb, run_id, plain, content)
+
+    def _fit(self, task: Task, methods: list[Callback], select: str | None, first_step: int, run_id: str) -> None:
+        """Train to the end, from the start or from the checkpoint to resume, whose step and W&B id these are."""
         config = self.settings.config
         seed_everything(config.seed_everything, workers=True, verbose=False)
-        first_step, run_id = self._position()
-        if self.launch.first:
-            plain, content = self.settings.plain(), self.data.fingerprint
-            self.wandb = wandb_logger(self.folder, config.wandb, run_id, plain, content)
         own: dict[str, Any] = dict(self.settings.build("trainer").trainer)
         bar = progress(own["enable_progress_bar"])
         chosen = [*_listed(own["callbacks"]), *methods]

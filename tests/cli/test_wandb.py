@@ -169,6 +169,21 @@ def test_artifacts_name_data_parent_and_checkpoints_also_of_a_crash(tracked: Pat
     assert wandb.run is None, "the run was not finished"
 
 
+def test_a_run_that_fails_before_it_trains_tells_why(fit: Fit, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    early = ["--source_leg=null", "--model.backbone.weights=missing.pth", f"--run.dir={folder.path}"]
+    assert fit(tmp_path, *OFFLINE, *early) == 1
+    (run,) = offline(folder.path)
+    found = records(run)
+    (begun,) = [record["run"] for record in found if record["type"] == "run"][:1]
+    assert begun["run_id"] == folder.summary()["wandb_id"]
+    assert (begun["run_group"], begun["tags"][:2]) == ("tiny", ["default", "photo"])
+    told = nested(merged(found, "summary"))["crossft"]
+    assert told["status"] == "failed"
+    assert "weights='missing.pth' is no file" in told["error"]
+    assert [record["exit"]["exit_code"] for record in found if record["type"] == "exit"] == [1]
+
+
 def test_resumed_run_goes_on_under_the_id_of_its_checkpoint(
     finished: Path, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
