@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from crossft.callbacks.monitoring import (
     AtomicCheckpointIO,
@@ -49,7 +50,8 @@ from crossft.errors import ConfigError, Interrupted, Pruned
 from crossft.runs import RunFolder, higher_is_better, write_json
 from crossft.sweeps.early import EarlyTerminate
 from crossft.sweeps.study import TrialReports
-from crossft.tasks import Task
+from crossft.tasks import FSDP2, Task
+from crossft.tasks.sharding import is_sharded
 
 __all__ = ["Leg", "build_methods", "build_task", "build_trainer", "measure"]
 
@@ -66,7 +68,7 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
 
     Raises:
         ConfigError: Lightning refuses the combination, or would load a checkpoint that nobody named; or the strategy
-            shards, which the command line cannot measure.
+            shards in another way than ``crossft.tasks.FSDP2``.
     """
     arguments = {**dict(settings.build("trainer").trainer), **overrides}
     arguments["profiler"] = arguments.get("profiler") or NoProfiler()
@@ -79,10 +81,11 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
         trainer = Trainer(**arguments)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy) and not isinstance(trainer.strategy, FSDP2):
         raise ConfigError(
-            "trainer.strategy=ModelParallelStrategy: the command line measures and loads whole models before and after "
-            "a fit, which slices of parameters do not allow yet; use trainer.strategy=ddp, or Trainer.fit from Python"
+            f"trainer.strategy={type(trainer.strategy).__name__}: the command line loads and writes a sharded model "
+            "through crossft.tasks.FSDP2 alone; add --config configs/trainer/fsdp2.yaml, or set "
+            "trainer.strategy.class_path=crossft.tasks.FSDP2, or trainer.strategy=ddp"
         )
     return trainer
 
@@ -100,11 +103,14 @@ def measure(
 ) -> dict[str, float]:
     """Evaluate the task as it is: ``DOMAIN/SPLIT/METRIC`` of every domain that has labels there.
 
-    Of ``methods`` those take part that act at test time (Tent), or score without labels.
+    Of ``methods`` those take part that act at test time (Tent), or score without labels. A strategy that shards takes a
+    copy of a task that is whole, as a fit's methods are to see whole weights when they are set up.
     """
     acting = [m for m in methods if getattr(m, "acts_at_test", False) or isinstance(m, Scores)]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = build_trainer(settings, logger=False, callbacks=acting, enable_checkpointing=False, **quiet)
+    if isinstance(trainer.strategy, FSDP2) and not is_sharded(task):
+        task = copy.deepcopy(task)
     run = trainer.test if split == "test" else trainer.validate
     run(task, datamodule=data, verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -2,6 +2,7 @@
 
 from crossft.tasks.base import Task
 from crossft.tasks.classification import Classification
+from crossft.tasks.fsdp2 import FSDP2
 from crossft.tasks.regression import Regression
 
-__all__ = ["Classification", "Regression", "Task"]
+__all__ = ["FSDP2", "Classification", "Regression", "Task"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crossft.errors import CheckpointError, ConfigError
+from crossft.tasks.sharding import sliced_state, whole
 from crossft.types import Batch, GradientProjection, HasBackbone, LossTerm, StepOutput, WeightPenalty
 
 __all__ = ["Attachments"]
@@ -146,10 +147,13 @@ class Attachments(nn.Module):
         return logs
 
     def save(self) -> dict[str, Any]:
-        """State of every method by name; constant tensors as references where a store for them is set."""
+        """State of every method by name; constant tensors as references where a store for them is set.
+
+        Where the task is sharded every process calls it, and the first one gets the tensors.
+        """
         saved: dict[str, Any] = {}
         for name, module in self._all().items():
-            state = module.state_dict()
+            state = whole(dict(module.state_dict()))
             constant = {k: state.pop(k) for k in getattr(module, "constants", ()) if k in state}
             if constant and self.anchors is not None:
                 saved[name] = {"state": dict(state), "anchors": self._put(name, module, constant)}
@@ -182,4 +186,4 @@ class Attachments(nn.Module):
                 if self.anchors is None:
                     raise CheckpointError(f"methods.{name} has its anchors in a run folder; resume from that folder")
                 state |= self.anchors.get(saved[name]["anchors"])
-            module.load_state_dict(state)
+            module.load_state_dict(sliced_state(module, state))

@@ -19,7 +19,7 @@ from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
 from crossft.tasks.prefix import Prefix
-from crossft.tasks.sharding import shard_
+from crossft.tasks.sharding import shard_, sliced_state
 from crossft.tasks.trainability import freeze_others_, hold_frozen_
 from crossft.types import Batch, Domain, Encoded, GradientProjection, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
@@ -369,9 +369,12 @@ class Task(LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load backbone and heads; attached terms are restored from ``checkpoint["terms"]`` by fit alone."""
+        """Load backbone and heads; attached terms are restored from ``checkpoint["terms"]`` by fit alone.
+
+        A sharded task takes whole tensors, too: each process keeps its slices.
+        """
         own = {f"attachments.{k}": v for k, v in self.attachments.state_dict().items()}
-        return super().load_state_dict({**own, **state_dict}, strict=strict, assign=assign)
+        return super().load_state_dict(sliced_state(self, {**own, **state_dict}), strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the attached terms by method name, and the domains as plain values."""

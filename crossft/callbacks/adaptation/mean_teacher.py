@@ -6,12 +6,14 @@ import copy
 import math
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.adaptation.roles import Ids, ids_of, shared_head
 from crossft.callbacks.base import MethodCallback
+from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional import upcast
 from crossft.tasks import Task
@@ -113,7 +115,7 @@ class MeanTeacher(MethodCallback):
             of 300 epochs or less).
 
     Raises:
-        ConfigError: an argument out of range, or targets with different label spaces.
+        ConfigError: an argument out of range, targets with different label spaces, or a strategy that shards weights.
     """
 
     needs_target = "unlabeled"
@@ -123,6 +125,16 @@ class MeanTeacher(MethodCallback):
         if not 0 <= decay < 1 or not 0 <= threshold < 1 or not 0 <= ramp <= 1:
             raise ConfigError(f"decay={decay} and threshold={threshold} must be in [0, 1), ramp={ramp} in [0, 1]")
         self.decay, self.threshold, self.ramp = decay, threshold, ramp
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the model and attach the term.
+
+        Raises:
+            ConfigError: the strategy shards: inside of the term the teacher is whole, and the model is not.
+        """
+        if stage == "fit":
+            refuse_sharded(trainer, self.name)
+        super().setup(trainer, pl_module, stage)
 
     def build(self, task: Task) -> LossTerm:
         """Copy the model as it is now."""

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossft.backbones.batchnorm import without_statistics
+from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional import entropy, upcast
 from crossft.tasks import Task
@@ -40,7 +41,7 @@ class Tent(Callback):
 
     Raises:
         ConfigError: ``lr`` not positive, a name that is no domain of the run, no norm layer with a scale, labels that
-            are not exclusive classes, or per-domain BatchNorm statistics.
+            are not exclusive classes, per-domain BatchNorm statistics, or a strategy that shards weights.
     """
 
     acts_at_test = True
@@ -59,6 +60,10 @@ class Tent(Callback):
     def state_key(self) -> str:
         """Key of the callback's state."""
         return f"Tent[{self.name}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies in which a process holds slices of the scales and shifts, before anything is trained."""
+        refuse_sharded(trainer, self.name, "takes gradients of whole scales and shifts")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the scales and shifts as trained."""

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from crossft.errors import TrainingError
+from crossft.tasks.sharding import own_slice
 
 __all__ = ["FiniteCheck"]
 
@@ -60,7 +61,7 @@ class FiniteCheck(Callback):
         assert self._losses is not None
         seen = torch.stack([loss for _, loss in self._losses]).isfinite().tolist() if self._losses else []
         first = next((step for (step, _), finite in zip(self._losses, seen) if not finite), -1)
-        weights = [p.detach() for p in pl_module.parameters() if p.requires_grad]
+        weights = [own_slice(p.detach()) for p in pl_module.parameters() if p.requires_grad]
         fine = first < 0 and (not weights or bool(torch.stack([p.isfinite().all() for p in weights]).all()))
         if trainer.strategy.reduce_boolean_decision(fine, all=True):
             self._losses.clear()

@@ -19,6 +19,7 @@ from crossft.callbacks.monitoring.feature_maps import Projection, draw_features
 from crossft.callbacks.monitoring.inside import Inside, look_inside
 from crossft.callbacks.monitoring.reference import reference_scores
 from crossft.callbacks.monitoring.scores import SCORES, score_keys
+from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional.kernels import gaussian_kernel, mmd_unbiased
 from crossft.metrics.probes import FOLDS, proxy_a_distance
@@ -64,7 +65,8 @@ class Health(Callback):
             the same seed and domains, and this callback.
 
     Raises:
-        ConfigError: an argument out of range, no source or target with validation rows, or a regression.
+        ConfigError: an argument out of range, no source or target with validation rows, a regression, or
+            ``every_n_steps`` under a strategy that shards weights.
         StageError: an unknown stage.
     """
 
@@ -102,6 +104,9 @@ class Health(Callback):
             return
         if not isinstance(pl_module, Task):
             raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")
+        if self.every_n_steps:
+            reason = "takes gradients of each term on whole weights"
+            refuse_sharded(trainer, self.name, reason, f"set methods.{self.name}.every_n_steps=0")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         counts = {row["domain"]: row["val"] for row in data.describe()}
         roles = {d.role for d in pl_module.domains if counts[d.name] >= FOLDS}
