@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from lightning.pytorch.profilers import SimpleProfiler
 
 from crossft.cli.leg import build_trainer
 from crossft.cli.parser import Settings
 from crossft.cli.profiling import NoProfiler
-from crossft.errors import ConfigError
 
 
 def test_nothing_is_measured_unless_a_profiler_is_named(config: Path) -> None:
@@ -22,10 +20,3 @@ def test_nothing_is_measured_unless_a_profiler_is_named(config: Path) -> None:
         assert entered is None
     assert profiler.profile("one") is profiler.profile("other")
     assert isinstance(build_trainer(named, logger=False).profiler, SimpleProfiler)
-
-
-def test_sliced_parameters_are_refused(config: Path) -> None:
-    words = [f"--config={config}", "--data.root=.", "--data.source=photo", "--data.target=sketch"]
-    strategy = "--trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}"
-    with pytest.raises(ConfigError, match=r"trainer\.strategy=ModelParallelStrategy: .* use trainer\.strategy=ddp"):
-        build_trainer(Settings([*words, strategy]), logger=False)
