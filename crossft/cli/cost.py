@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from crossft.callbacks.freezing import GradualUnfreezing
 from crossft.cli.leg import build_methods, build_task, build_trainer, measure
 from crossft.cli.legs import Chain, prepared
 from crossft.cli.parser import Settings
@@ -55,6 +56,9 @@ def seconds_of(settings: Settings, data: DomainData, before: bool) -> float:
     task = build_task(settings, data)
     clock, quiet = _Clock(), {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     callbacks = [*build_methods(settings), clock]
+    for method in callbacks:
+        if isinstance(method, GradualUnfreezing):
+            method.whole = False
     limits = {"max_steps": _STEPS, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = build_trainer(settings, callbacks=callbacks, **limits, **quiet)
     trainer.fit(task, datamodule=data)

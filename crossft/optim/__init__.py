@@ -1,7 +1,7 @@
 """Parameter groups and learning-rate schedules."""
 
 from crossft.optim.groups import parameter_groups
-from crossft.optim.phased import Phased, Rates, set_rates_
+from crossft.optim.phased import Phased, Rates, reset_moments_, set_rates_
 from crossft.optim.plateau import Plateau
 from crossft.optim.recadam import RecAdam
 from crossft.optim.schedules import (
@@ -29,5 +29,6 @@ __all__ = [
     "SlantedTriangular",
     "WarmedUp",
     "parameter_groups",
+    "reset_moments_",
     "set_rates_",
 ]

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from crossft.optim.schedules import Schedule
 
-__all__ = ["Phased", "Rates", "set_rates_"]
+__all__ = ["Phased", "Rates", "reset_moments_", "set_rates_"]
 
 Rates = Literal["keep", "rewarm", "restart"]
 """``keep``: the run's schedule goes on. ``rewarm``: it goes on under a new linear warmup. ``restart``: it begins anew
@@ -28,12 +28,12 @@ class Phased(Schedule):
 
     def __init__(self, base: Schedule) -> None:
         self.base = base
-        self.begin(0, None)
+        self.resume(0, None)
 
     def begin(
         self, start: int, length: int | None, rates: Rates = "keep", warmup: int = 0, factor: float = 1.0
     ) -> None:
-        """Begin a phase.
+        """Begin a phase; under ``restart`` the run's schedule forgets what it has seen of validations.
 
         Args:
             start: its first optimizer step.
@@ -42,6 +42,14 @@ class Phased(Schedule):
             warmup: optimizer steps of the new warmup under ``rewarm``.
             factor: on every learning rate of the phase.
         """
+        self.resume(start, length, rates, warmup, factor)
+        if rates == "restart":
+            self.base.restart()
+
+    def resume(
+        self, start: int, length: int | None, rates: Rates = "keep", warmup: int = 0, factor: float = 1.0
+    ) -> None:
+        """Go on within a phase that has begun, as after a restored checkpoint; arguments as for ``begin``."""
         self.start, self.length, self.rates, self.warmup, self.factor = start, length, rates, warmup, factor
 
     def __call__(self, step: int, total: int) -> float:
@@ -73,3 +81,12 @@ def set_rates_(optimizer: Optimizer, factor: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def reset_moments_(optimizer: Optimizer) -> None:
+    """Let an optimizer begin its state anew: by its own ``reset_moments`` where it keeps more than moments there."""
+    own = getattr(optimizer, "reset_moments", None)
+    if own is None:
+        optimizer.state.clear()
+    else:
+        own()

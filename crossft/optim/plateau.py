@@ -18,7 +18,8 @@ class Plateau(WarmedUp):
     """Linear warmup to 1; then the learning rate is multiplied by ``factor`` each time the metric stands still.
 
     The rule is that of torch's ``ReduceLROnPlateau``, run on a learning rate of 1, and its state is in the
-    checkpoint. A drop takes effect at the second optimizer step after the validation that caused it.
+    checkpoint. A drop takes effect at the second optimizer step after the validation that caused it. A phase with
+    ``rates: restart`` begins it anew, with no drop, no best value and no count; later phases go on from there.
 
     Args:
         monitor: the validation metric, as it is logged (``target/val/loss``).
@@ -49,8 +50,15 @@ class Plateau(WarmedUp):
         if patience < 0:
             raise ConfigError(f"patience={patience} must be >= 0: validations without improvement")
         self.monitor = monitor
+        self._settings: dict[str, Any] = {
+            "mode": mode, "factor": factor, "patience": patience, "threshold": threshold, "min_lr": lowest,
+        }  # fmt: skip
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the drops, the best value and the count."""
         self._rate = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        self._rule = ReduceLROnPlateau(self._rate, mode, factor, patience, threshold, min_lr=lowest)
+        self._rule = ReduceLROnPlateau(self._rate, **self._settings)
 
     def __call__(self, step: int, total: int) -> float:
         """Factor on the learning rate at optimizer step ``step``, by the validations seen so far."""

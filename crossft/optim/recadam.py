@@ -88,6 +88,14 @@ class RecAdam(AdamW):
             group["lr"] = rate
         return loss
 
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """Begin Adam's moments anew; starting points and annealing stay, as they belong to the run."""
+        for state in self.state.values():
+            for name, value in state.items():
+                if name != "start":
+                    value.zero_()
+
     def _recall(self, group: dict[str, Any]) -> list[tuple[nn.Parameter, Tensor]]:
         """Pull the group's weights to their start, set the rate of Adam's step; return the weights that start now."""
         moving: list[nn.Parameter] = [p for p in group["params"] if p.grad is not None]

@@ -26,6 +26,9 @@ class Schedule(ABC):
     def observe(self, metrics: Mapping[str, Any]) -> None:  # noqa: B027  # most have nothing to see
         """See what a validation within a fit has measured; most schedules read the step alone."""
 
+    def restart(self) -> None:  # noqa: B027  # most remember nothing
+        """Forget what validations have shown, so that it begins anew."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs beside the step."""
         return {}

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from crossft.callbacks.freezing.course import check_reach, course_of
 from crossft.callbacks.freezing.phases import Phase, check_plan, planned_steps, thawing
 from crossft.callbacks.freezing.wrapping import refuse_unwrappable, rewrap
 from crossft.errors import CheckpointError, ConfigError
-from crossft.optim import Phased, set_rates_
+from crossft.optim import Phased, reset_moments_, set_rates_
 from crossft.tasks import Task
 from crossft.tasks.trainability import check_trainability
 
@@ -30,7 +31,8 @@ class GradualUnfreezing(Callback):
     A change happens where an optimizer step begins, on every process at the same step: gradients of what freezes
     are dropped, DDP is wrapped again, and the processes' weights are compared. A checkpoint holds the phase, so a
     resumed run is in the phase that it was in. What trains is checked at each change, after each validation and after
-    a resume.
+    a resume. A run that cannot reach its last phase is refused when training starts; one that does not, as its metric
+    never stood still, ends with a warning.
 
     Args:
         phases: the phases, in order; the last lasts to the end of training.
@@ -42,9 +44,14 @@ class GradualUnfreezing(Callback):
         mode: ``max`` where more is better, else ``min``.
         min_delta: smallest change that counts as an improvement.
 
+    Attributes:
+        whole: whether the fit is a whole run; false lets one be cut short (to time its steps) without reaching the
+            last phase.
+
     Raises:
         ConfigError: neither or both of ``phases`` and ``every``, phases that cannot follow one another, a strategy
-            that cannot change what trains, or, while training, a metric that is not measured.
+            that cannot change what trains, a run too short (or with too few validations) for its last phase, or,
+            while training, a metric that is not measured.
         CheckpointError: a checkpoint of a run with other phases.
         TrainingError: while training, where processes differ or something else has changed what trains.
     """
@@ -70,6 +77,8 @@ class GradualUnfreezing(Callback):
         self.phases, self.every, self.first, self.by = phases, every, first, by
         self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
         self.name = "unfreeze"
+        self.whole = True
+        self._held: int | None = None
         self.plan: list[Phase] = []
         self._task: Task | None = None
         self._start_over()
@@ -128,28 +137,67 @@ class GradualUnfreezing(Callback):
                 f"methods.{self.name}: restore_best keeps whole weights, and trainer.strategy=ModelParallelStrategy "
                 "cuts them over the processes; set restore_best: false, or use trainer.strategy=ddp"
             )
-        if sum(phase.share or 0.0 for phase in self.plan) == 0 and all(p.epochs for p in self.plan[:-1]):
-            self._check_epochs(trainer)
-        pl_module.schedule = Phased(getattr(pl_module.schedule, "base", pl_module.schedule))
+        if self._held is None:
+            pl_module.schedule = Phased(getattr(pl_module.schedule, "base", pl_module.schedule))
+        self.index = self._held or 0
         self._expected = self.phase.apply(pl_module)
 
-    def _check_epochs(self, trainer: Trainer | None) -> None:
-        """Refuse a last phase that is never reached, where that is known beforehand."""
-        needed, most = sum(p.epochs or 0 for p in self.plan[:-1]), getattr(trainer, "max_epochs", None)
-        if most is not None and 0 < most <= needed:
+    def hold(self, task: Task, index: int) -> None:
+        """Train one phase alone, for the whole fit and under another's schedule; until `release`.
+
+        It may be called before or after ``setup``, whichever the order of the callbacks brings.
+
+        Args:
+            task: whose phase it is.
+            index: of the phase, from 0.
+
+        Raises:
+            ConfigError: there is no such phase, or it cannot work with this backbone.
+        """
+        self.plan = self.plan_for(task)
+        if not 0 <= index < len(self.plan):
             raise ConfigError(
-                f"trainer.max_epochs={most} ends before the last of {len(self.plan)} phases begins, after {needed} "
-                f"epochs; raise it, or let methods.{self.name} thaw faster"
+                f"phase={index} must be between 0 and {len(self.plan) - 1}: methods.{self.name} has {len(self.plan)} "
+                "phases, counted from 0"
             )
+        self._held = self.index = index
+        self._expected = self.phase.apply(task)
+
+    def release(self, task: Task) -> None:
+        """Let the phases follow one another again; the task is back in the first."""
+        self._held, self.index = None, 0
+        self._expected = self.phase.apply(task)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Know the length of the first phase; a resumed run goes on with what it has restored."""
+        """Check that the last phase can be reached, and know the length of the first.
+
+        A resumed run goes on with what it has restored.
+
+        Raises:
+            ConfigError: it cannot.
+        """
         self._due = True
+        if self._held is not None:
+            return
         if self._resumed:
             if self._over and self.index == len(self.plan) - 1:
                 trainer.should_stop = True
         elif isinstance(pl_module, Task):
+            course = course_of(trainer)
+            if self.whole and course is not None:
+                check_reach(self.plan, course, self.name)
             self._begin(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of phases that were never entered."""
+        missed = len(self.plan) - 1 - self.index
+        if missed and self.whole and self._held is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            never = ", ".join(str(i) for i in range(self.index + 1, len(self.plan)))
+            rank_zero_warn(
+                f"methods.{self.name}: training ended in phase {self.index} of {len(self.plan)} (counted from 0) at "
+                f"optimizer step {trainer.global_step}; never entered: phase {never}. What thaws there has not "
+                "trained: lower patience, validate more often, make phases shorter, or train for longer"
+            )
 
     # -- changes -----------------------------------------------------------------------------------------------
 
@@ -164,7 +212,7 @@ class GradualUnfreezing(Callback):
             self._due = False
 
     def _ended(self, trainer: Trainer) -> bool:
-        if self.index == len(self.plan) - 1:
+        if self.index == len(self.plan) - 1 or self._held is not None:
             return False
         if self.phase.epochs is not None:
             return trainer.current_epoch - self.start_epoch >= self.phase.epochs
@@ -182,7 +230,7 @@ class GradualUnfreezing(Callback):
         self._expected = self.phase.apply(task)
         if self.phase.moments == "reset":
             for optimizer in trainer.optimizers:
-                optimizer.state.clear()
+                reset_moments_(optimizer)
         self._begin(trainer, task)
         rewrap(trainer, task)
         self._due = True
@@ -197,14 +245,18 @@ class GradualUnfreezing(Callback):
         total = int(trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         self._length = planned_steps(self.phase, self.start_step, total, steps_per_epoch)
-        self._set_schedule(task)
+        schedule, phase = self._phased(task), self.phase
+        schedule.begin(self.start_step, self._length, phase.rates, phase.warmup, phase.lr)
         for optimizer in trainer.optimizers:
-            set_rates_(optimizer, task.schedule(trainer.global_step, total))
+            set_rates_(optimizer, schedule(trainer.global_step, total))
 
-    def _set_schedule(self, task: Task) -> None:
-        assert isinstance(task.schedule, Phased)
-        phase = self.phase
-        task.schedule.begin(self.start_step, self._length, phase.rates, phase.warmup, phase.lr)
+    def _phased(self, task: Task) -> Phased:
+        if not isinstance(task.schedule, Phased):
+            raise ConfigError(
+                f"methods.{self.name} sets the schedule's phases, and another method has put a "
+                f"{type(task.schedule).__name__} in its place; set one of the two methods to null"
+            )
+        return task.schedule
 
     # -- the monitored metric ----------------------------------------------------------------------------------
 
@@ -212,7 +264,8 @@ class GradualUnfreezing(Callback):
         """Count validations without improvement; the first process's value decides for all."""
         self._due = True
         phase = self.phase
-        if trainer.sanity_checking or not (phase.patience or phase.restore_best):
+        watches = self._held is None and (phase.patience or phase.restore_best)
+        if trainer.sanity_checking or not watches:
             return
         assert self.monitor is not None
         if self.monitor not in trainer.callback_metrics:
@@ -260,7 +313,7 @@ class GradualUnfreezing(Callback):
         Raises:
             CheckpointError: the run it comes from had another number of phases.
         """
-        if self._task is None:
+        if self._task is None or self._held is not None:
             return
         if state_dict["phases"] != len(self.plan):
             raise CheckpointError(
@@ -272,5 +325,7 @@ class GradualUnfreezing(Callback):
         self._best, self._bad, self._over = state_dict["best"], state_dict["bad"], state_dict["over"]
         self._weights = state_dict["weights"]
         self._expected = self.phase.apply(self._task)
-        self._set_schedule(self._task)
+        phase = self.phase
+        schedule = self._phased(self._task)
+        schedule.resume(self.start_step, self._length, phase.rates, phase.warmup, phase.lr)
         self._resumed = True

@@ -13,8 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from crossft.callbacks.freezing import GradualUnfreezing
 from crossft.errors import ConfigError
-from crossft.optim import Phased, Schedule
+from crossft.optim import Schedule
 from crossft.runs import replacing, write_atomic
 from crossft.tasks import Task
 
@@ -39,10 +40,13 @@ class RateRange(Callback):
 
     The learning-rate range test (Smith 2017, section 3.3) with an exponential sweep. Groups keep their proportions:
     the factor is on each group's own learning rate (layer decay and head multiplier included), and it replaces the
-    schedule for this run. Only what trains takes part, so ``Freeze`` with the choice of a later phase tests that phase.
+    schedule for this run. Only what trains takes part. Beside ``GradualUnfreezing`` one phase is tested: the model
+    trains as in that phase through the whole sweep, from the weights that the run starts with. Those are not what
+    earlier phases would have left; to test a late phase as it will begin, start from a run that ended where it does
+    (``--init``). The phase's own factor ``lr`` takes no part: the suggestion is what to set it to.
     The suggestion is the factor at which the smoothed loss falls fastest. The run stops when the loss diverges or the
-    sweep ends, puts the weights back to where they were, and writes ``lr_range.csv`` and ``lr_range.png`` to the run
-    folder.
+    sweep ends, puts weights, schedule and phases back to where they were, and writes ``lr_range.csv`` and
+    ``lr_range.png`` to the run folder.
 
     Args:
         lowest: first factor.
@@ -50,13 +54,14 @@ class RateRange(Callback):
         steps: optimizer steps of the sweep (100: Lightning's default).
         stop_at: stop when the smoothed loss exceeds this many times its lowest value (4: Lightning's default).
         smoothing: weight of the past in the smoothed loss (0.98: Lightning's).
+        phase: the phase of ``GradualUnfreezing`` that is tested, counted from 0.
 
     Attributes:
         losses: mean loss of each optimizer step so far, over accumulation and processes.
         suggestion: the factor, after training; None where the sweep was too short.
 
     Raises:
-        ConfigError: a setting out of range, a run shorter than the sweep, a resumed run, or phases within it.
+        ConfigError: a setting out of range, a run shorter than the sweep, a resumed run, or a phase that is not there.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class RateRange(Callback):
         steps: int = 100,
         stop_at: float = 4.0,
         smoothing: float = 0.98,
+        phase: int = 0,
     ) -> None:
         if not 0.0 < lowest < highest:
             raise ConfigError(f"lowest={lowest}, highest={highest}: 0 < lowest < highest, factors on learning rates")
@@ -76,8 +82,11 @@ class RateRange(Callback):
         if not 0.0 <= smoothing < 1.0:
             raise ConfigError(f"smoothing={smoothing} must be in [0, 1): weight of the past; 0 smooths nothing")
         self.sweep = _Sweep(lowest, highest, steps)
-        self.stop_at, self.smoothing = stop_at, smoothing
+        if phase < 0:
+            raise ConfigError(f"phase={phase} must be at least 0: phases are counted from 0")
+        self.stop_at, self.smoothing, self.phase = stop_at, smoothing, phase
         self.name = "range"
+        self._former: Schedule | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -98,20 +107,24 @@ class RateRange(Callback):
         return [self.sweep(step, 0) for step in range(len(self.losses))]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the schedule's place before the optimizer is built."""
-        if stage == "fit":
-            if not isinstance(pl_module, Task):
-                raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")
-            self._reset()
-            pl_module.schedule = self.sweep
+        """Take the schedule's place before the optimizer is built, and hold the model in the phase to test."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Task):
+            raise ConfigError(f"methods.{self.name} needs a crossft task, not a {type(pl_module).__name__}")
+        self._reset()
+        phases = _phases(trainer)
+        if self.phase and not phases:
+            raise ConfigError(
+                f"methods.{self.name}.phase={self.phase}: no method of this run has phases; leave phase out, or add "
+                "the GradualUnfreezing whose phase is to be tested"
+            )
+        for method in phases:
+            method.hold(pl_module, self.phase)
+        self._former, pl_module.schedule = pl_module.schedule, self.sweep
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the sweep fits the run, and keep the weights."""
-        if isinstance(getattr(pl_module, "schedule", None), Phased):
-            raise ConfigError(
-                f"methods.{self.name} tests one phase: set the unfreezing method to null and choose what a phase "
-                "trains with crossft.callbacks.freezing.Freeze"
-            )
         total = trainer.estimated_stepping_batches
         if trainer.global_step or total < self.sweep.steps:
             raise ConfigError(
@@ -152,6 +165,17 @@ class RateRange(Callback):
                 )
             rank_zero_info(f"methods.{self.name}: {found}; see lr_range.png in {trainer.default_root_dir}")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the schedule back, and let phases follow one another again."""
+        if isinstance(pl_module, Task) and self._former is not None:
+            pl_module.schedule, self._former = self._former, None
+            for method in _phases(trainer):
+                method.release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same where the run ends with an error."""
+        self.on_fit_end(trainer, pl_module)
+
     def _write(self, folder: Path) -> None:
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
@@ -178,3 +202,7 @@ class RateRange(Callback):
         axes.legend(frameon=False)
         with replacing(folder / "lr_range.png") as temporary:
             figure.savefig(temporary, dpi=144, format="png", metadata={"Software": ""})
+
+
+def _phases(trainer: Trainer) -> list[GradualUnfreezing]:
+    return [c for c in trainer.callbacks if isinstance(c, GradualUnfreezing)]  # type: ignore[attr-defined]

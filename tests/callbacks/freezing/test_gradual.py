@@ -243,8 +243,6 @@ def test_what_cannot_be_right_is_refused_before_training(root: Path, whole) -> N
     folder, *_ = whole
     with pytest.raises(StageError, match="'midle'; nearest: middle"):
         fit(root, [GradualUnfreezing([Phase(train_last=0, epochs=1), Phase(train=["midle"])])])
-    with pytest.raises(ConfigError, match=r"trainer\.max_epochs=2 ends before the last of 3 phases"):
-        fit(root, [GradualUnfreezing(every=Phase(epochs=1), first=1)], max_epochs=2)
     with pytest.raises(TrainingError, match="second method"):
         fit(root, [Freeze(train_last=1), GradualUnfreezing(every=Phase(epochs=1))])
     path = folder / "checkpoints" / "step-3.ckpt"

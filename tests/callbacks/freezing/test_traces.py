@@ -113,14 +113,18 @@ def test_every_group_follows_its_closed_form_through_every_thaw(name: str, root:
 
 
 def test_a_plateaus_drops_reach_every_group_through_every_thaw(root: Path) -> None:
-    """Validations end epochs of 3 steps; from the second on each halves the rate, from the step after the next on."""
+    """Validations end epochs of 3 steps; from the second on each halves the rate, from the step after the next on.
+
+    The phase that restarts at step 9 begins the plateau anew: its first validation, the fourth, is a best one again.
+    """
     seen = Rates(scores=[0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
     schedule = Plateau("scripted", "max", factor=0.5, patience=0, warmup=3)
     fit(root, [GradualUnfreezing(PLAN), seen], schedule=schedule, layer_decay=0.5, max_epochs=EPOCHS)
 
     def drops(step: int) -> int:
         waits = 0 if step in THAWS else 1  # a phase sets the rates of its first step itself
-        return sum(step >= STEPS * validation + waits for validation in range(2, EPOCHS + 1))
+        bad = (2, 3) if step < THAWS[1] else (5, 6)
+        return sum(step >= STEPS * validation + waits for validation in bad)
 
     for step, rates in enumerate(seen.rates):
         local = step - THAWS[1] if THAWS[1] <= step < THAWS[2] else step

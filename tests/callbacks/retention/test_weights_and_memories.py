@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from crossft.callbacks.retention.swaps import put_back, swap_layers
 from crossft.data.passes import batch_of, training_rows
 from crossft.errors import ConfigError
 from crossft.functional.modes import evaluating
-from crossft.optim import RecAdam
+from crossft.optim import RecAdam, reset_moments_
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,38 @@ def test_a_weight_that_thaws_late_is_anchored_where_it_was() -> None:
     optimizer.step()
     assert torch.equal(optimizer.state[w]["start"], torch.tensor([1.0, -2.0]))
     assert "start" not in optimizer.state[h]
+
+
+def test_recadam_keeps_its_starting_points_when_moments_are_reset() -> None:
+    """The step after it is Adam's first, pulled to where the run began, at the annealing's place in the run."""
+    w, h, optimizer = two(lambda g: RecAdam(g, lr=0.01, rate=1.0, middle=3.0, pull=20.0))
+    descend(w, h, optimizer, 3)
+    before = w.detach().clone()
+    reset_moments_(optimizer)
+    descend(w, h, optimizer, 1)
+    start, share = torch.tensor([1.0, -2.0]), 1 / (1 + math.exp(-(4 - 3.0)))
+    assert torch.equal(optimizer.state[w]["start"], start)
+    expected = before - 0.01 * (1 - share) * 20 * (before - start) - 0.01 * share * before.sign()  # Adam's first step
+    assert torch.allclose(w, expected, atol=1e-5)
+
+
+def test_resetting_moments_is_the_same_as_a_new_optimizer() -> None:
+    ends = []
+    for reset in (False, True):
+        for make in (lambda g: torch.optim.AdamW(g, lr=0.01), lambda g: RecAdam(g, rate=10.0, middle=0.0, pull=0.0)):
+            w, h, optimizer = two(make)
+            if reset:
+                descend(w, h, optimizer, 3)
+                with torch.no_grad():
+                    w.copy_(torch.tensor([1.0, -2.0]))
+                    h.copy_(torch.tensor([0.5]))
+                reset_moments_(optimizer)
+            for group in optimizer.param_groups:
+                group["recalled"] = 10
+            descend(w, h, optimizer, 3)
+            ends.append(torch.cat([w.detach(), h.detach()]))
+    assert torch.equal(ends[0], ends[2])
+    assert torch.equal(ends[1], ends[3])
 
 
 # Rehearsal
