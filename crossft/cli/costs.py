@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from crossft.backbones.batchnorm import set_domains
 from crossft.tasks import Task
 from crossft.types import ImageSpec
 
@@ -26,10 +27,13 @@ def step_cost(task: Task) -> tuple[int, int]:
     task.eval()
     head = next(iter(task.heads.values()))
     mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    if task.batchnorm == "per_domain":
+        set_domains(task.backbone, torch.zeros(1, dtype=torch.long))
     with torch.enable_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         value = head(task.backbone(_one_row(task)).features).sum()
         forward = counter.get_total_flops()
         value.backward()
+    set_domains(task.backbone, None)
     for parameter in task.parameters():
         parameter.grad = None
     task.train(training)

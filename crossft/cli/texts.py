@@ -89,7 +89,9 @@ where attention_mask is 1, or cls, the first of these.""",
 
 Print the stages of a config's model, input to output: parameters, how many of them train, buffers; then the ledger of
 each phase: what trains, in which mode, at which learning rate and decay, and how far the backward pass goes.
---curve FILE.png draws every stage's learning rate over the run, from the real schedule; --steps N: its optimizer
-steps, where trainer.max_steps does not say.
-The data is not read.""",
+With --data.root and the names of domains their labels are read (no image is), so that heads, discriminators and the
+number of steps are those of the run; else one head of two classes stands in. A last phase that cannot be reached is
+refused.
+--curve FILE.png draws every group's learning rate over the run, from the real schedule; --steps N: its optimizer
+steps, where neither the data nor trainer.max_steps say.""",
 }

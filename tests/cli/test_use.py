@@ -130,15 +130,6 @@ def test_export_refuses_the_other_form_and_a_full_folder(finished: Path, tmp_pat
     assert "not empty" in capsys.readouterr().err
 
 
-def test_inspect_counts_parameters_and_what_trains(config: Path, capsys) -> None:
-    assert main(["inspect", f"--config={config}"]) == 0
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "," in line}
-    model = timm.create_model("test_resnet", num_classes=0)
-    count = sum(p.numel() for p in model.parameters())
-    last = sum(p.numel() for name in ("layer3", "layer4") for p in getattr(model, name).parameters())
-    assert rows["all"][:2] == [f"{count:,}", f"{last:,}"]
-
-
 NO_PAPER = {
     "methods": {"Compile", "Freeze", "PrefixCache", "RankSentinel"},
     "backbones": set(),

@@ -12,10 +12,11 @@ from test_gradual import Trace, fit
 from tiny import TinyVision, image_domains
 
 from crossft.callbacks.freezing import GradualUnfreezing, Phase
+from crossft.callbacks.freezing.course import Course
 from crossft.callbacks.freezing.selection import Selection
 from crossft.callbacks.monitoring import Ledger, ledger_rows
 from crossft.cli.costs import full_cost, step_cost
-from crossft.cli.curves import draw_rates, dry_rates
+from crossft.cli.curves import draw_rates, dry_rates, lines_of
 from crossft.optim import Cosine
 from crossft.tasks import Classification
 from crossft.types import Domain
@@ -75,7 +76,7 @@ def test_the_dry_run_foretells_every_groups_learning_rate(run, tmp_path: Path) -
     domains = [Domain("photo", "source", labels=("cat", "dog")), Domain("sketch", "target", labels=("cat", "dog"))]
     task = Classification(TinyVision(batchnorm=True), domains, schedule=Cosine(warmup=2))
     total = trainer.global_step
-    rates = dry_rates(task, PLAN, total, math.ceil(trainer.num_training_batches / 2))
+    rates = dry_rates(task, PLAN, Course(total, int(trainer.num_training_batches), 2))
     for step in range(total):
         for name, ratio in trace.rates[step].items():
             base = 3e-4 * (3.0 if name.startswith("head") else 1.0)
@@ -85,6 +86,23 @@ def test_the_dry_run_foretells_every_groups_learning_rate(run, tmp_path: Path) -
             expected = base * ratio if trains else math.nan
             assert rates[name][step] == pytest.approx(expected, nan_ok=True), (name, step)
     assert draw_rates(rates, tmp_path / "a" / "rates.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_curve_has_a_line_for_every_group_and_one_label_where_two_coincide() -> None:
+    domains = [Domain("photo", "source", labels=("a", "b"))]
+    task = Classification(TinyVision(batchnorm=True), domains, schedule=Cosine(warmup=2))
+    course = Course(total=8, batches=4)
+    both = lines_of(dry_rates(task, [Phase(train_last=1, epochs=1), Phase(kinds=["bias"])], course))
+    assert list(both) == [
+        *("stem/decay (never trains)", "stem/no_decay", "middle/decay (never trains)", "middle/no_decay"),
+        *("last/decay", "last/no_decay", "head.photo"),
+    ]
+    assert [math.isnan(v) for v in both["last/decay"]] == [False] * 4 + [True] * 4
+    assert not any(map(math.isnan, both["last/no_decay"]))
+    assert [math.isnan(v) for v in both["stem/no_decay"]] == [True] * 4 + [False] * 4
+    task.train_stages(["last"])
+    frozen = ["stem (never trains)", "middle (never trains)", "last", "head.photo"]
+    assert list(lines_of(dry_rates(task, [], course))) == frozen
 
 
 def test_rows_of_a_task_as_it_is() -> None:
