@@ -21,7 +21,7 @@ from crossft.errors import ConfigError
 from crossft.tasks import Task
 from crossft.types import Domain
 
-__all__ = ["Ahead", "look_ahead", "settings_of"]
+__all__ = ["Ahead", "look_ahead", "planned_course", "settings_of"]
 
 _NO_ROOT = "--data.root=/dev/null"  # no folder anywhere
 
@@ -144,11 +144,25 @@ def _processes(trainer: Any) -> int:
 
 
 def _course(settings: Settings, data: DomainData, trainer: Any, steps: int | None) -> Course | None:
-    """The course that the Trainer would compute from the same settings."""
-    given = settings.config.trainer
     data.trainer = trainer
+    batches = data.steps_per_epoch * int(trainer.accumulate_grad_batches)
+    return planned_course(settings.config.trainer, batches, bool(data.eval_domains("val")), steps)
+
+
+def planned_course(given: Any, batches: int, validates: bool, steps: int | None = None) -> Course | None:
+    """The course that a Trainer would compute.
+
+    Args:
+        given: its settings.
+        batches: micro-batches of an epoch, as the data makes them.
+        validates: whether the data has rows to validate on.
+        steps: optimizer steps, where they are not to come from the settings.
+
+    Returns:
+        None where nothing says how many steps there are.
+    """
     accumulation = int(given.accumulate_grad_batches)
-    batches = _limited(data.steps_per_epoch * accumulation, given.limit_train_batches)
+    batches = _limited(batches, given.limit_train_batches)
     epochs, most = int(given.max_epochs or -1), int(given.max_steps or -1)
     known = [n for n in (epochs * math.ceil(batches / accumulation), most) if n > 0]
     if not known and steps is None:
@@ -158,8 +172,8 @@ def _course(settings: Settings, data: DomainData, trainer: Any, steps: int | Non
         every = interval
     elif interval is None or isinstance(interval, float):
         every = max(1, int(batches * (1.0 if interval is None else interval)))
-    validates = bool(data.eval_domains("val")) and given.limit_val_batches != 0
-    return Course(steps or min(known), batches, accumulation, every if validates else 0, given.check_val_every_n_epoch)
+    every = every if validates and given.limit_val_batches != 0 else 0
+    return Course(steps or min(known), batches, accumulation, every, given.check_val_every_n_epoch)
 
 
 def _limited(batches: int, limit: float | None) -> int:
