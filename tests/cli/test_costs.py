@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from crossft.backbones import Backbone
 from crossft.backbones.base import StagePlan
+from crossft.cli.cost import seconds_of
 from crossft.cli.costs import full_cost, step_cost
+from crossft.cli.legs import prepared
+from crossft.cli.parser import Settings
 from crossft.tasks import Classification
 from crossft.types import Domain, Encoded, ImageSpec
 
@@ -52,3 +55,12 @@ def test_a_grouped_convolution_costs_its_groups() -> None:
     task.backbone.requires_grad_(False)
     assert step_cost(task) == (whole[0], head)
     assert all(torch.isfinite(p).all() and p.grad is None for p in task.parameters())
+
+
+def test_a_run_with_phases_is_timed_from_its_first_steps(config: Path, images: Path) -> None:
+    """Those end long before its last phase, and without validation."""
+    unfreeze = "{class_path: crossft.callbacks.freezing.GradualUnfreezing, init_args: {every: {patience: 1}, by: 9, "
+    named = [f"--data.root={images}", "--data.source=photo", "--data.target=sketch", "--methods.freeze=null"]
+    arm = f"--methods.unfreeze={unfreeze}monitor: target/val/loss}}}}"
+    settings = Settings([f"--config={config}", *named, arm, "--trainer.max_epochs=9"])
+    assert seconds_of(settings, prepared(settings), False) > 0

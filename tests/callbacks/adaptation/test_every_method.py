@@ -124,7 +124,7 @@ THREE = {
 
 
 PARTNERS = {
-    "gradual": lambda: GradualUnfreezing(every=Phase(steps=1), first=1),
+    "gradual": lambda: GradualUnfreezing(every=Phase(steps=1), first=2),
     "ewc": lambda: EWC(weight=1.0),
     "l2sp": lambda: L2SP(),
 }
