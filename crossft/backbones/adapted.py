@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from crossft.backbones.base import Backbone
 from crossft.errors import BackboneError, ConfigError, StageError
 from crossft.types import Encoded
 
-__all__ = ["Adapted", "AdapterKind"]
+__all__ = ["Adapted", "AdapterKind", "is_adapter"]
 
 AdapterKind = Literal["lora", "dora", "ia3"]
 
@@ -27,10 +29,13 @@ class Adapted(Backbone):
     or IA3 (section 3.3, on the outputs of every adapted layer) are built by the ``peft`` package. At the start the
     features are those of the backbone.
     Stages keep their names and hold their adapters, so freezing and phases go by stage as before;
-    ``Freeze(kinds: [adapter])`` keeps adapters alone, and any other choice thaws what it names.
+    ``Freeze(kinds: [adapter])`` keeps adapters alone, and any other choice thaws what it names. Without a choice the
+    adapters train: a stage without any is frozen (no dropout, no statistics that move), and one that holds some is in
+    training mode as a whole, its own dropout and BatchNorm policy included.
 
     Weights of a plain backbone load into this one (``--init`` of a run without adapters), adapters then stay as they
-    are. ``export`` writes the plain model with the adapters merged in.
+    are, and DoRA's magnitudes become those of the weights. ``export`` writes the plain model with the adapters merged
+    in; in float32 its features are those of this one within 1e-4, absolute and relative.
 
     Args:
         backbone: what is adapted, in place.
@@ -154,14 +159,27 @@ def _inject(backbone: Backbone, kind: AdapterKind, rank: int, alpha: int, dropou
         raise BackboneError(f"peft refuses {kind} on {type(backbone).__name__}: {error}") from error
 
 
+def is_adapter(name: str) -> bool:
+    """Whether ``peft`` has added the parameter of this name (``lora_A``, ``lora_magnitude_vector``, ``ia3_l``)."""
+    return re.search(r"\.(lora|ia3)_", name) is not None
+
+
 def _from_plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename what a plain backbone has saved; adapters it lacks stay as they are."""
+    """Rename what a plain backbone has saved; adapters stay as they are. What else it lacks, strict loading names."""
     if any(key.startswith(f"{prefix}inner.") for key in state):
         return
     own = module.state_dict()
     for key in [k for k in state if k.startswith(prefix)]:
         path = f"inner.{key.removeprefix(prefix)}"
         layer, last = path.rsplit(".", 1)
-        state[prefix + (path if path in own else f"{layer}.base_layer.{last}")] = state.pop(key)
-    for name, tensor in own.items():
-        state.setdefault(prefix + name, tensor)
+        wrapped = f"{layer}.base_layer.{last}"
+        state[prefix + (wrapped if wrapped in own else path)] = state.pop(key)
+    for name in filter(is_adapter, own):
+        state.setdefault(prefix + name, own[name])
+    for path, layer in module.named_modules():  # DoRA's magnitudes are those of the weights that it adapts (eq. 5)
+        weight = f"{path}.base_layer.weight"
+        for adapter in getattr(layer, "lora_magnitude_vector", ()):
+            name, given = f"{path}.lora_magnitude_vector.{adapter}.weight", state.get(prefix + weight)
+            if given is not None and given.shape == own[weight].shape:
+                sums = (given + layer.get_delta_weight(adapter).to(given)).flatten(1)
+                state[prefix + name] = torch.linalg.vector_norm(sums, dim=1).reshape(own[name].shape)

@@ -67,18 +67,35 @@ def test_export_is_the_plain_model_with_the_adapters_merged_in(name: str, tmp_pa
 
 
 def test_stages_targets_states_and_phases(tmp_path: Path) -> None:
-    plain, inputs = build("test_vit", tmp_path)
-    net = Adapted(copy.deepcopy(plain), rank=2, stages=["blocks.4", "blocks.5"], targets=["*.attn.qkv"])
+    plain, _ = build("test_vit", tmp_path)
+    net = Adapted(plain, rank=2, stages=["blocks.4", "blocks.5"], targets=["*.attn.qkv"])
     names = Selection(kinds=["adapter"]).names(net)
     assert {n.split(".lora_")[0] for n in names} == {f"inner.model.blocks.{i}.attn.qkv" for i in (4, 5)}
     assert Selection(kinds=["adapter"], train_last=2, combine="all").names(net) < names
     task = Classification(net, DOMAINS)
     Selection(train_last=1).apply(task)  # a phase thaws a stage with its own weights
     assert "blocks.5" in task.frozen_stages
-    other = Adapted(tiny_timm("test_vit"), rank=2, stages=["blocks.4", "blocks.5"], targets=["*.attn.qkv"]).eval()
-    other.load_state_dict(plain.state_dict())  # from a run without adapters
-    torch.testing.assert_close(other(inputs).features, plain.eval()(inputs).features)
+    other = Adapted(tiny_timm("test_vit"), rank=2, stages=["blocks.4", "blocks.5"], targets=["*.attn.qkv"])
     other.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_run_without_adapters_is_loaded_whole_or_not_at_all(name: str, kind: str, tmp_path: Path) -> None:
+    plain, inputs = build(name, tmp_path)
+    state = plain.state_dict()
+    net = Adapted(tiny_timm(name), kind, rank=2)
+    net.load_state_dict(dict(state))
+    torch.testing.assert_close(net.eval()(inputs).features, plain.eval()(inputs).features)
+    norm = next(key for key in reversed(state) if "norm" in key or key.endswith("running_var"))
+    first = next(key for key in state if key.endswith("weight"))
+    for gone in (norm, first):
+        part = {key: value for key, value in state.items() if key != gone}
+        layer, last = gone.rsplit(".", 1)
+        with pytest.raises(RuntimeError, match=rf"Missing key.*\"inner\.{layer}\.(base_layer\.)?{last}\""):
+            net.load_state_dict(part)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"inner\.model\.other\.weight"'):
+        net.load_state_dict({**state, "model.other.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from crossft.backbones import Backbone
+from crossft.backbones.adapted import is_adapter
 from crossft.errors import ConfigError, StageError
 from crossft.tasks import Task
 from crossft.tasks.trainability import trainable_names
@@ -141,7 +142,7 @@ def _of_kind(backbone: Backbone, kind: ParameterKind) -> frozenset[str]:
     if kind not in get_args(ParameterKind):
         raise ConfigError(f"kinds: {kind!r} is unknown; allowed: {', '.join(get_args(ParameterKind))}")
     if kind == "adapter":
-        found = {name for name, _ in backbone.named_parameters() if re.search(r"\.(lora|ia3)_", name)}
+        found = {name for name, _ in backbone.named_parameters() if is_adapter(name)}
     elif kind == "bias":
         found = {name for name, _ in backbone.named_parameters() if re.search(r"(^|[._])bias$", name)}
     else:
