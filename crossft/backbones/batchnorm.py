@@ -27,7 +27,7 @@ __all__ = [
 BatchNormPolicy = Literal["frozen", "training", "per_domain", "reestimated"]
 """``frozen``: running statistics, never moved. ``training``: batch statistics, running ones follow (torch's default).
 ``per_domain``: one set of running statistics a domain. ``reestimated``: fixed while training, computed anew by
-``reestimate_`` from the inputs of one domain."""
+``reestimate_`` from the inputs of one domain, in frozen stages too."""
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

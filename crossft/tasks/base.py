@@ -14,13 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from crossft.backbones import Backbone
 from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, reestimate_, set_domains
-from crossft.errors import ConfigError, StageError, TrainingError
+from crossft.errors import ConfigError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
 from crossft.tasks.prefix import Prefix
 from crossft.tasks.sharding import shard_, sliced_state
-from crossft.tasks.trainability import freeze_others_, hold_frozen_
+from crossft.tasks.trainability import Trainability, hold_frozen_
 from crossft.types import Batch, Domain, Encoded, GradientProjection, Kind, LossTerm, StepOutput, WeightPenalty, head_of
 
 __all__ = ["Task"]
@@ -44,7 +44,8 @@ class Task(LightningModule):
         layer_decay: factor on the learning rate per stage of depth (1: none).
         head_dropout: dropout before each head.
         batchnorm: policy for BatchNorm *statistics*. ``auto`` is ``frozen`` for a pretrained backbone (most of the
-            forgetting of a fine-tuned CNN comes from its statistics) and ``training`` otherwise.
+            forgetting of a fine-tuned CNN comes from its statistics) and ``training`` otherwise. The statistics of a
+            frozen stage never move while training; ``reestimated`` replaces all once, at the end.
 
     Raises:
         ConfigError: no domains, or a setting out of range.
@@ -91,11 +92,11 @@ class Task(LightningModule):
         self.schedule = schedule or Constant()
         self._head_multiplier = head_multiplier
         self._layer_decay = layer_decay
-        self.batchnorm: BatchNormPolicy = (
-            ("frozen" if backbone.pretrained else "training") if batchnorm == "auto" else batchnorm
-        )
+        auto: BatchNormPolicy = "frozen" if backbone.pretrained else "training"
+        self.batchnorm = auto if batchnorm == "auto" else batchnorm
         apply_batchnorm_policy(backbone, self.batchnorm, len(self.domains))
-        self._frozen_stages: frozenset[str] = frozenset()
+        self._trainability = Trainability()
+        self.train_only()
         self._total_steps = 0
         self.prefix: Prefix | None = None
         # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
@@ -255,13 +256,14 @@ class Task(LightningModule):
 
     # -- what trains -------------------------------------------------------------------------------------------
 
-    def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make exactly these backbone parameters train; a stage with none of them is frozen.
+    def train_only(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Make exactly these backbone parameters train (None: those that do); a stage with none of them is frozen.
 
-        Frozen means parameters (no gradient at all), buffers, and train-mode behavior: such a stage stays in
-        evaluation mode (no dropout, BatchNorm by running statistics), whatever ``train()`` is called.
+        Frozen means parameters (no gradient at all), buffers, and train-mode behavior: evaluation mode (no dropout,
+        BatchNorm by running statistics), whatever ``train()`` is called. A stage in which anything trains, adapters
+        alone as well, is in training mode as a whole.
         """
-        self._frozen_stages = freeze_others_(self.backbone.stages, parameters)
+        self._trainability.choose_(self.backbone, parameters)
         self.train(self.training)
 
     def train_stages(self, names: Collection[str]) -> None:
@@ -270,23 +272,22 @@ class Task(LightningModule):
         Raises:
             StageError: a name is not a stage of the backbone.
         """
-        known = {s.name: s for s in self.backbone.stages}
-        for name in names:
-            if name not in known:
-                raise StageError(f"unknown stage {name!r}; the backbone's stages are {', '.join(known)}")
-        self.train_only(p for name in names for p in known[name].parameters())
+        stages = self.backbone.stages
+        self.train_only([p for name in names for p in stages[self.backbone._index(name)].parameters()])
 
     @property
     def frozen_stages(self) -> frozenset[str]:
         """Names of the stages in which nothing trains."""
-        return self._frozen_stages
+        return self._trainability.frozen
 
     def train(self, mode: bool = True) -> Task:
-        """Set modes; frozen stages stay in evaluation mode, BatchNorm follows its policy."""
+        """Set modes; frozen stages and heads stay in evaluation mode, BatchNorm follows its policy."""
         super().train(mode)
         if mode:
             apply_batchnorm_policy(self.backbone, self.batchnorm, len(self.domains))
-            hold_frozen_(self.backbone, self._frozen_stages)
+            hold_frozen_(self.backbone, self.frozen_stages)
+            for key in self.heads.keys() - self.trained_heads:
+                self.heads[key].eval()
         return self
 
     # -- life cycle --------------------------------------------------------------------------------------------
@@ -310,16 +311,28 @@ class Task(LightningModule):
                 self.trained_heads |= {self.head_keys[d.name] for d in self.domains if d.role == "source"}
         for key, head in self.heads.items():
             head.requires_grad_(key in self.trained_heads)
+        self.train()  # an evaluation before this may have left other modes
+        self.train_only()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """After the start of the fit, a resume, a phase change or a validation: check that all trains as it was set."""
+        if self._trainability.due:
+            self._trainability.check(self)
+
+    def on_validation_end(self) -> None:
+        """Modes and weights come back from evaluation."""
+        self._trainability.due = True
 
     def configure_model(self) -> None:
         """Cut the parameters over the processes where the strategy is FSDP2's; nothing else."""
         shard_(self)
 
     def on_train_epoch_end(self) -> None:
-        """Policy ``reestimated``: at the end, compute the statistics anew from the target's training inputs."""
+        """Policy ``reestimated``: at the end, compute all statistics anew from the target's training inputs."""
         over = self.trainer.global_step >= self._total_steps or self.trainer.should_stop
         if self.batchnorm == "reestimated" and over:
             reestimate_(self.backbone, self._target_inputs())
+            self._trainability.buffers.clear()
 
     def _target_inputs(self) -> Iterator[dict[str, Tensor]]:
         targets = torch.tensor([i for i, d in enumerate(self.domains) if d.role == "target"], device=self.device)
@@ -346,9 +359,8 @@ class Task(LightningModule):
         """Every parameter in a named group from the first step; the schedule steps once per optimizer step."""
         groups = self.named_groups()
         optimizer = self._make_optimizer(groups)
-        if getattr(self.trainer.precision_plugin, "scaler", None) and getattr(
-            optimizer, "_step_supports_amp_scaling", False
-        ):
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
             if self._make_optimizer is not _default_optimizer:
                 raise ConfigError(
                     "model.optimizer with fused=true unscales gradients by itself under fp16, after penalties and "

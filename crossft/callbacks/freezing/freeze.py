@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from crossft.callbacks.freezing.selection import Combine, ParameterKind, Selection
 from crossft.callbacks.freezing.wrapping import refuse_fused
-from crossft.errors import ConfigError
+from crossft.errors import ConfigError, TrainingError
 from crossft.tasks import Task
-from crossft.tasks.trainability import check_trainability
+from crossft.tasks.trainability import trainable_names
 
 __all__ = ["Freeze"]
 
@@ -19,7 +17,7 @@ class Freeze(Callback):
     """Train only some parameters of the backbone; the head always trains.
 
     A frozen parameter has no gradient. A stage in which nothing trains also keeps its buffers, and stays in evaluation
-    mode while training. That this is so is checked at the start of the fit, after a resume and after each validation.
+    mode while training. The task checks that this is so, at the start of the fit, after a resume and each validation.
 
     Criteria add up (``combine: any``) or narrow each other down (``combine: all``): ``train_last: 2, kinds: [norm],
     combine: all`` trains the norms of the last two stages.
@@ -36,7 +34,7 @@ class Freeze(Callback):
         ConfigError: no criterion is given, one finds nothing (with the nearest names), or the strategy fuses
             parameters.
         StageError: a stage is not there.
-        TrainingError: while training, where something else has changed what trains.
+        TrainingError: when the fit begins, where a second method has chosen what trains.
     """
 
     def __init__(
@@ -54,26 +52,22 @@ class Freeze(Callback):
                 "Freeze() without a criterion freezes nothing; give train_last, train, match, kinds or freeze"
             )
         self.name = "freeze"
-        self._expected: frozenset[str] = frozenset()
-        self._due = True
+        self._chosen: frozenset[str] = frozenset()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze before DDP wraps, so that the reducer sees exactly what trains."""
         if stage != "fit" or not isinstance(pl_module, Task):
             return
         refuse_fused(trainer, self.name)
-        self._expected = self.selection.apply(pl_module)
-        self._due = True
+        self._chosen = self.selection.apply(pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check at the first batch, which is also the first after a resume, and after each validation."""
-        if self._due and isinstance(pl_module, Task):
-            check_trainability(pl_module.backbone, pl_module.frozen_stages, self._expected)
-            self._due = False
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Modes come back from evaluation at the next batch."""
-        self._due = True
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a second method that has chosen anew; from here on the task checks what trains."""
+        if isinstance(pl_module, Task) and (other := trainable_names(pl_module.backbone) ^ self._chosen):
+            raise TrainingError(
+                f"methods.{self.name}: a second method has changed whether backbone parameter {min(other)!r} trains; "
+                "leave that to one method"
+            )
 
     @property
     def state_key(self) -> str:

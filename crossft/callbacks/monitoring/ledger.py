@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from crossft.backbones import batch_norms
 from crossft.runs import RunFolder, write_atomic
@@ -18,7 +19,8 @@ __all__ = ["COLUMNS", "Ledger", "ledger_rows"]
 
 COLUMNS = ("phase", "step", "stage", "parameters", "trainable", "lr", "weight_decay", "mode", "batchnorm")
 """``phase`` counts from 0, ``step`` is its first optimizer step, ``lr`` the learning rate there (of a frozen stage:
-what it would train at)."""
+what it would train at), ``mode`` that of the modules: ``train``, ``frozen`` (nothing trains, and all are in evaluation
+mode) or ``eval`` (they are, though something trains)."""
 
 Row = dict[str, Any]
 
@@ -32,7 +34,12 @@ def ledger_rows(task: Task, groups: Iterable[Mapping[str, Any]], phase: int = 0,
         phase: number of the phase, from 0.
         step: its first optimizer step.
     """
-    norms = {s.name: any(batch_norms(m) for m in s.modules) for s in task.backbone.stages}
+    stages = {s.name: s.modules for s in task.backbone.stages}
+    owners: dict[str, tuple[nn.Module, ...]] = {
+        **stages,
+        **{f"head.{key}": (head,) for key, head in task.heads.items()},
+        **{f"term.{key}": (term,) for key, term in task.attachments.terms.items()},
+    }
     rows: dict[str, Row] = {}
     for group in groups:
         name, _, kind = group["name"].rpartition("/")
@@ -43,17 +50,19 @@ def ledger_rows(task: Task, groups: Iterable[Mapping[str, Any]], phase: int = 0,
         if kind == "decay":
             row["weight_decay"] = float(group["weight_decay"])
     for name, row in rows.items():
-        row["mode"] = "train" if row["trainable"] else "frozen"
-        held = name in task.frozen_stages
-        row["batchnorm"] = ("frozen" if held else str(task.batchnorm)) if norms.get(name) else ""
+        training = any(m.training for owner in owners[name] for m in owner.modules())
+        row["mode"] = "train" if training else "eval" if row["trainable"] else "frozen"
+        policy = "frozen" if name in task.frozen_stages else str(task.batchnorm)
+        row["batchnorm"] = policy if any(batch_norms(m) for m in stages.get(name, ())) else ""
     return list(rows.values())
 
 
 class Ledger(Callback):
     """Writes ``ledger.csv`` when training starts and at every phase change.
 
-    Its rows are in the checkpoint, so that a resumed run writes the ledger of the run that was never stopped. It
-    stands after the methods among the callbacks, so that it sees a phase as it has begun.
+    The task checks that what it says stays so (``crossft.tasks.trainability``), with this callback or without. Its rows
+    are in the checkpoint, so that a resumed run writes the ledger of the run that was never stopped. It stands after
+    the methods among the callbacks, so that it sees a phase as it has begun.
 
     Args:
         folder: the run folder.

@@ -60,7 +60,7 @@ def image_data(root: Path, **options: Any) -> DomainData:
 
 def fit(
     data: DomainData,
-    phases: dict[int, int] | int,
+    phases: dict[int, int] | int | None,
     cache: PrefixCache | None,
     backbone: Callable[[], Any] = DROPS,
     *,
@@ -70,7 +70,7 @@ def fit(
     lr: float = 0.1,
     **options: Any,
 ) -> tuple[Classification, Trainer]:
-    """Three epochs (a validation after each) of the last k stages, or of phases."""
+    """Three epochs (a validation after each) of the last k stages, of phases, or of what the backbone lets train."""
     seed_everything(1, verbose=False)
     task = Classification(
         backbone(),
@@ -83,7 +83,7 @@ def fit(
         callbacks=[
             *([cache] if cache else []),
             *methods,
-            Phases({0: phases} if isinstance(phases, int) else phases),
+            *([] if phases is None else [Phases({0: phases} if isinstance(phases, int) else phases)]),
         ],
         logger=False,
         enable_checkpointing=any(isinstance(m, Checkpoint) for m in methods),

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from tiny import TinyVision, flat
 from torch import Tensor
 
+from crossft.backbones import Adapted
 from crossft.callbacks.adaptation import CORAL, DANN
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.caching import PrefixCache
@@ -75,6 +76,20 @@ def test_methods_work_on_top_of_it(images: Path, last: int) -> None:
     for _ in range(2):
         assert (run(PrefixCache()) - plain).abs().max() < 1e-6
     assert {p.stage for p in stored_prefixes()} == {"middle"}  # behind the first stage that a method reads
+
+
+def test_below_the_first_stage_with_adapters(images: Path) -> None:
+    def build() -> Adapted:
+        return Adapted(TinyVision(dropout=0.2, batchnorm=True), rank=2, stages=["last"])
+
+    def run(cache: PrefixCache | None) -> Tensor:
+        return flat(fit(image_data(images), None, cache, build, task_options={"batchnorm": "training"})[0])
+
+    plain, cache = run(None), PrefixCache()
+    for each in (PrefixCache(), cache):
+        assert (run(each) - plain).abs().max() < 1e-6
+    assert cache.misses == 0
+    assert {p.stage for p in stored_prefixes()} == {"last"}
 
 
 @pytest.mark.parametrize("policy", ["frozen", "training", "per_domain", "reestimated"])

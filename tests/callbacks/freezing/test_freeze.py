@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from tiny import TinyVision
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from crossft.backbones import Adapted
+from crossft.backbones import Adapted, Backbone
+from crossft.backbones.adapted import AdapterKind
 from crossft.callbacks.freezing import Freeze, GradualUnfreezing, Phase
 from crossft.callbacks.freezing.selection import Selection
 from crossft.errors import ConfigError, StageError, TrainingError
@@ -101,6 +105,7 @@ def test_the_check_sees_parameters_gradients_and_modes() -> None:
 
 
 VISION = ["test_efficientnet", "test_resnet", "test_vit", "test_convnext", "swin_tiny_patch4_window7_224"]
+DROPS = ["test_efficientnet", "test_vit", "swin_tiny_patch4_window7_224"]
 TEXT = ["bert", "distilbert", "roberta", "deberta-v2"]
 
 
@@ -111,6 +116,14 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def deepest(backbone: Backbone) -> list[str]:
+    """The last stage that adapters fit into."""
+    able = [
+        s.name for s in backbone.stages if any(isinstance(m, torch.nn.Linear) for o in s.modules for m in o.modules())
+    ]
+    return able[-1:] or [backbone.stages[-2].name]
 
 
 def strategies(task: Classification) -> dict[str, Selection]:
@@ -136,7 +149,11 @@ def strategies(task: Classification) -> dict[str, Selection]:
 
 
 def one_step(task: Classification, inputs: dict, expected: frozenset[str], label: str) -> None:
-    """Trainable, seen by the reducer, with a gradient, and moved are the same parameters; no frozen buffer moves."""
+    """Trainable, seen by the reducer, with a gradient, and moved are the same parameters; what is frozen stands still.
+
+    No frozen buffer moves, and what comes out of the frozen stages below the first that trains is in training mode
+    what it is in evaluation mode.
+    """
     parameters = dict(task.named_parameters())
     optimizer = torch.optim.AdamW(task.named_groups(), lr=1e-2, weight_decay=0.1)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in parameters.values()}
@@ -155,22 +172,35 @@ def one_step(task: Classification, inputs: dict, expected: frozenset[str], label
     assert {n for n, p in parameters.items() if not torch.equal(p, before[n])} == trains, label
     assert all(torch.equal(a, b) for a, b in zip(held, buffers, strict=True)), label
     check_trainability(task.backbone, task.frozen_stages, expected)
+    below = list(takewhile(lambda stage: stage.name in task.frozen_stages, task.backbone.stages))
+    if 0 < len(below) < len(task.backbone.stages):
+        with torch.no_grad():
+            trained = task.backbone(inputs, capture=[below[-1].name]).stages[below[-1].name]
+            assert torch.equal(trained, task.eval().backbone(inputs, capture=[below[-1].name]).stages[below[-1].name])
+        task.train()
     optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("name", [*VISION, *TEXT])
 def test_trainable_is_reduced_is_has_a_gradient_is_moved(name: str, tmp_path: Path, one_process: None) -> None:
     """On shipped families and strategies: only what trains moves, and frozen features are the same in training mode."""
-    backbone = tiny_timm(name) if name in VISION else tiny_text(name, tmp_path / name)
+    drops = {"drop_path_rate": 0.1} if name in DROPS else {}
+    backbone = tiny_timm(name, **drops) if name in VISION else tiny_text(name, tmp_path / name)
     noised(backbone)  # zero-initialized branches have zero gradients
     inputs = images(backbone, 2) if name in VISION else tokens(2)
-    task = Classification(backbone, DOMAINS, batchnorm="frozen").train()
+    task = Classification(copy.deepcopy(backbone), DOMAINS, batchnorm="training").train()
     for label, choice in strategies(task).items():
         one_step(task, inputs, choice.apply(task), label)
     Selection(train_last=0).apply(task)
-    assert not any(m.training and "drop" in type(m).__name__.lower() for m in backbone.modules())
-    assert torch.equal(backbone(inputs).features, backbone(inputs).features)
-    adapted = Classification(Adapted(backbone, rank=2), DOMAINS, batchnorm="frozen").train()
+    assert torch.equal(task.backbone(inputs).features, task.eval().backbone(inputs).features)
+    for kind in get_args(AdapterKind):
+        net = noised(Adapted(copy.deepcopy(backbone), kind, rank=2, stages=deepest(backbone)))
+        adapted = Classification(net, DOMAINS, batchnorm="training").train()
+        chosen = Selection(kinds=["adapter"]).names(net)
+        assert trainable_names(net) == chosen
+        assert adapted.frozen_stages
+        one_step(adapted, inputs, chosen, kind)
+    adapted = Classification(noised(Adapted(backbone, rank=2)), DOMAINS, batchnorm="training").train()
     for phase in (Selection(kinds=["adapter"]), Selection(kinds=["adapter"], train_last=2, combine="all"), Selection()):
         one_step(adapted, inputs, phase.apply(adapted), f"lora {phase}")
 

@@ -61,7 +61,9 @@ def fit(root: Path, methods: list[Callback], folder: Path | None = None, resume:
     data = DomainData(root=root, source="photo", target="sketch", batch_size=4, augment="none", seed=7)
     data.prepare()
     options = {"schedule": kwargs.pop("schedule", Cosine(warmup=2)), "layer_decay": kwargs.pop("layer_decay", 1.0)}
-    task = Classification(TinyVision(dropout=0.3, batchnorm=True), list(data.domains), batchnorm="training", **options)
+    backbone = kwargs.pop("backbone", None) or TinyVision(dropout=0.3, batchnorm=True)
+    options["batchnorm"] = kwargs.pop("batchnorm", "training")
+    task = Classification(backbone, list(data.domains), **options)
     saving = [Checkpoints(folder, every_n_steps=1, keep=100)] if folder else []
     trainer = Trainer(
         **{"max_epochs": 4, "accumulate_grad_batches": 2, **kwargs},

@@ -117,6 +117,15 @@ def test_rows_of_a_task_as_it_is() -> None:
         ("head.photo", pytest.approx(9e-4), True),
     ]
 
+    def modes() -> list[str]:
+        return [row["mode"] for row in ledger_rows(task, task.named_groups())]
+
+    assert modes() == ["frozen", "frozen", "train", "train"]
+    task.backbone.train()  # against what was set: the ledger says what is
+    assert modes() == ["train"] * 4
+    task.eval()
+    assert modes() == ["frozen", "frozen", "eval", "eval"]
+
 
 def test_the_cost_of_a_step_counts_what_the_backward_pass_reaches() -> None:
     """A linear layer a -> b costs 2ab a row, forward, for its weight's gradient, and for its input's."""
