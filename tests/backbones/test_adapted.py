@@ -9,7 +9,7 @@ import pytest
 import torch
 from backbones.tiny_models import images, noised, tiny_text, tiny_timm, tokens
 
-from crossft.backbones import Adapted, Backbone, Timm
+from crossft.backbones import Adapted, Backbone, Timm, Transformer
 from crossft.backbones.base import check_partition
 from crossft.callbacks.freezing.selection import Selection
 from crossft.errors import ConfigError, StageError
@@ -64,6 +64,22 @@ def test_export_is_the_plain_model_with_the_adapters_merged_in(name: str, tmp_pa
     other = Timm(str(folder))
     assert not any("lora" in key for key in other.state_dict())
     torch.testing.assert_close(other.eval()(inputs).features, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+def test_export_of_a_text_backbone_is_what_save_pretrained_writes(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    plain, inputs = build("bert", tmp_path)
+    net = noised(Adapted(plain, kind, rank=2, alpha=4)).eval()
+    expected = net(inputs)
+    folder = net.export(tmp_path / "out")
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    assert not any("lora" in key or "ia3" in key or "base_layer" in key for key in model.state_dict())
+    found = model(**inputs).last_hidden_state
+    torch.testing.assert_close(found[expected.mask], expected.tokens[expected.mask], atol=1e-4, rtol=1e-4)
+    other = Transformer(str(folder), max_length=32).eval()
+    torch.testing.assert_close(other(inputs).features, expected.features, atol=1e-4, rtol=1e-4)
 
 
 def test_stages_targets_states_and_phases(tmp_path: Path) -> None:

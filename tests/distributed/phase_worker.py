@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from crossft.backbones import Adapted
 from crossft.callbacks.adaptation import DANN
 from crossft.callbacks.freezing import GradualUnfreezing, Phase, RankSentinel
 from crossft.callbacks.freezing.selection import Selection
@@ -32,6 +33,13 @@ PHASES = [
     Phase(train_last=1, steps=2, rates="rewarm", warmup=2),
     Phase(match=["middle.*"], kinds=["bias"], steps=2, moments="reset"),
     Phase(lr=0.5, rates="restart"),
+]
+
+
+ADAPTER_PHASES = [
+    Phase(train_last=0, steps=2),
+    Phase(kinds=["adapter"], steps=3, rates="rewarm", warmup=1),
+    Phase(moments="reset"),
 ]
 
 
@@ -78,15 +86,18 @@ class Naive(Callback):
             pl_module.train_stages(["stem", "middle", "last"])
 
 
-def fit(root: Path, accumulation: int, methods: list[Callback], strategy: Strategy | str = "auto") -> None:
+def fit(
+    root: Path, accumulation: int, methods: list[Callback], strategy: Strategy | str = "auto", adapters: bool = False
+) -> None:
     data = DomainData(
         root=str(root), source="photo", target="sketch", batch_size=16 // (WORLD * accumulation), augment="none",
         train_on=["source", "target"], target_labels="none",
     )  # fmt: skip
     data.prepare()
     seed_everything(1, verbose=False)
+    net = TinyVision(batchnorm=True)
     task = Classification(
-        TinyVision(batchnorm=True),
+        Adapted(net, rank=2) if adapters else net,
         list(data.domains),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
         schedule=Linear(warmup=2),
@@ -154,6 +165,13 @@ def main(root: Path, out: Path) -> None:
         fit(root, accumulation, [DANN(hidden=8), GradualUnfreezing(PHASES), watch], strategy)
         results[f"sharded/{accumulation}"] = watch.weights
         results[f"sharded/facts/{accumulation}"] = watch.facts
+    kinds: dict[str, Strategy | str] = {"adapters": "auto"}
+    if WORLD > 1:
+        kinds["sharded/adapters"] = ModelParallelStrategy(WORLD, 1, process_group_backend="gloo")
+    for kind, strategy in kinds.items():
+        watch = Watch()
+        fit(root, 1, [GradualUnfreezing(ADAPTER_PHASES), watch], strategy, adapters=True)
+        results[kind], results[f"{kind}/facts"] = watch.weights, watch.facts
     if WORLD > 1:
         results["gradients"] = {name: sharded_gradients(name, out) for name in FAMILIES}
     try:

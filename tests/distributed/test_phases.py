@@ -79,6 +79,25 @@ def test_sharded_phases_equal_one_process(results, accumulation: int) -> None:
             assert fact["trains"] == fact["graded"] == results["one"]["facts/1"][step]["trains"], (name, step)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "tolerance"), [("adapters", 1e-6), ("sharded/adapters", 1e-5)], ids=["ddp", "fsdp2"]
+)
+def test_phases_over_adapters_are_equal_on_all_processes_and_to_one(results, strategy: str, tolerance: float) -> None:
+    """The head alone, then the adapters, then everything; what trains has a gradient in each."""
+    reference, facts = results["one"]["adapters"], results["one"]["adapters/facts"]
+    first, second = (results[k][strategy] for k in ("first", "second"))
+    assert len(first) == len(second) == 8
+    for step, (a, b, expected) in enumerate(zip(first, second, reference, strict=True)):
+        assert torch.equal(a, b), step
+        assert (a - expected).abs().max() < tolerance, step
+    assert [any("lora_" in n for n in fact["trains"]) for fact in facts] == [False] * 2 + [True] * 6
+    assert [any("base_layer" in n for n in fact["trains"]) for fact in facts] == [False] * 5 + [True] * 3
+    for name in ("first", "second"):
+        for step, fact in enumerate(results[name][f"{strategy}/facts"]):
+            assert fact["trains"] == fact["graded"] == facts[step]["graded"], (name, step)
+            assert fact["reduced"] == len(fact["trains"]), (name, step)
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "swin_tiny_patch4_window7_224"])
 def test_sharded_image_backbones_have_the_gradients_of_whole_ones(results, name: str) -> None:
     check_gradients(results, name)
