@@ -115,9 +115,11 @@ def test_a_differing_source_space_keeps_its_head_as_it_was(tmp_path: Path) -> No
     class Start(Callback):
         def on_train_start(self, trainer, pl_module) -> None:
             self.heads = {k: flat(v) for k, v in pl_module.heads.items()}
+            self.modes = {k: v.training for k, v in pl_module.heads.items()}
 
     start = Start()
     _, task = fit(tmp_path, [start], data_args={"train_on": ["target"]})
+    assert start.modes == {"photo": False, "sketch": True}
     assert task.head_keys == {"photo": "photo", "sketch": "sketch"}
     assert torch.equal(flat(task.heads["photo"]), start.heads["photo"])
     assert not torch.equal(flat(task.heads["sketch"]), start.heads["sketch"])

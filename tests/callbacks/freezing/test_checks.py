@@ -113,6 +113,19 @@ def test_what_changes_is_found_at_a_phase_change_without_any_validation(root: Pa
             run(root, "everything", GradualUnfreezing(plan), Break("step", harm), limit_val_batches=0)
 
 
+def test_a_fit_trains_in_training_mode_whatever_was_before(root: Path) -> None:
+    """TRAP 6: Lightning keeps the modes that it finds, so a task that was evaluated would train without dropout."""
+
+    class Evaluated(Callback):
+        def setup(self, trainer, pl_module, stage) -> None:
+            pl_module.eval()
+
+    net, seen = TinyVision(dropout=0.3), []
+    look = Break("step", lambda task, optimizer: seen.append({n for n, m in net.named_children() if m.training}))
+    fit(root, [Evaluated(), Freeze(train_last=2), look], backbone=net, max_epochs=2)
+    assert seen == [{"middle", "last"}] * len(seen)
+
+
 def test_two_methods_that_choose_are_refused_in_either_order(root: Path) -> None:
     methods = [Freeze(train_last=1), GradualUnfreezing(every=Phase(epochs=1))]
     for order in (methods, methods[::-1]):
