@@ -23,7 +23,19 @@ from crossft.reports.records import groups, headline, leaves, with_baseline
 from crossft.reports.stats import Comparison, Interval, compare_paired, holm, interval, smallest_p
 from crossft.runs import higher_is_better
 
-__all__ = ["ALPHA", "METHODS", "ArmTable", "Cell", "arm_table", "compare", "counted", "label", "power", "run_counts", "text_of"]
+__all__ = [
+    "ALPHA",
+    "METHODS",
+    "ArmTable",
+    "Cell",
+    "arm_table",
+    "compare",
+    "counted",
+    "label",
+    "power",
+    "run_counts",
+    "text_of",
+]
 
 ALPHA = 0.05
 METHODS = (

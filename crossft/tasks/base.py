@@ -381,10 +381,7 @@ class Task(LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load backbone and heads; attached terms are restored from ``checkpoint["terms"]`` by fit alone.
-
-        A sharded task takes whole tensors, too: each process keeps its slices.
-        """
+        """Load backbone and heads (a sharded task takes whole tensors, too); fit alone restores attached terms."""
         own = {f"attachments.{k}": v for k, v in self.attachments.state_dict().items()}
         return super().load_state_dict(sliced_state(self, {**own, **state_dict}), strict=strict, assign=assign)
 

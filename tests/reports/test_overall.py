@@ -61,7 +61,8 @@ def test_a_seed_without_a_task_is_in_neither_mean_nor_difference(tmp_path: Path)
             write_run(tmp_path / target / "p", "base", seed, 0.5 + shift, **on(target))
             lost = (target, seed) == ("art", 2)
             value = 0.6 + shift + 0.01 * seed
-            write_run(tmp_path / target / "p", "arm", seed, value, **on(target, status="failed" if lost else "finished"))
+            status = "failed" if lost else "finished"
+            write_run(tmp_path / target / "p", "arm", seed, value, **on(target, status=status))
     (table,) = overall(read_records([tmp_path]), "base")
     cell = table.cells["arm", "target/test/accuracy"]
     assert cell.comparison is not None

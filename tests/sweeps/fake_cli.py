@@ -2,8 +2,8 @@
 
 Every start is noted in ``starts.txt`` beside the run folders. Settings come from the flags ``--fake.NAME=VALUE``:
 ``seconds`` (of the run), ``source`` (seconds of its source leg), ``end`` (finish, fail, silent, kill, dead,
-deaf, early), ``once`` (the run stops that way the first time only), and ``x`` (what a search looks for: 0.3 is best). A run
-of a search reports three validations.
+deaf, early), ``once`` (the run stops that way the first time only), and ``x`` (what a search looks for: 0.3 is
+best). A run of a search reports three validations.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from crossft.callbacks.freezing.wrapping import refuse_unwrappable, rewrap
 from crossft.errors import CheckpointError, ConfigError
 from crossft.optim import Phased, reset_moments_, set_rates_
 from crossft.tasks import Task
-from crossft.tasks.trainability import check_trainability
 
 __all__ = ["GradualUnfreezing"]
 
@@ -85,8 +84,7 @@ class GradualUnfreezing(Callback):
 
     def _start_over(self) -> None:
         self.index, self.start_step, self.start_epoch, self._length = 0, 0, 0, 0
-        self._expected: frozenset[str] = frozenset()
-        self._resumed, self._due = False, True
+        self._resumed = False
         self._forget()
 
     def _forget(self) -> None:
@@ -140,7 +138,7 @@ class GradualUnfreezing(Callback):
         if self._held is None:
             pl_module.schedule = Phased(getattr(pl_module.schedule, "base", pl_module.schedule))
         self.index = self._held or 0
-        self._expected = self.phase.apply(pl_module)
+        self.phase.apply(pl_module)
 
     def hold(self, task: Task, index: int) -> None:
         """Train one phase alone, for the whole fit and under another's schedule; until `release`.
@@ -161,12 +159,12 @@ class GradualUnfreezing(Callback):
                 "phases, counted from 0"
             )
         self._held = self.index = index
-        self._expected = self.phase.apply(task)
+        self.phase.apply(task)
 
     def release(self, task: Task) -> None:
         """Let the phases follow one another again; the task is back in the first."""
         self._held, self.index = None, 0
-        self._expected = self.phase.apply(task)
+        self.phase.apply(task)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the last phase can be reached, and know the length of the first.
@@ -176,7 +174,6 @@ class GradualUnfreezing(Callback):
         Raises:
             ConfigError: it cannot.
         """
-        self._due = True
         if self._held is not None:
             return
         if self._resumed:
@@ -202,14 +199,11 @@ class GradualUnfreezing(Callback):
     # -- changes -----------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Where an optimizer step begins: enter the next phase when this one is over, and check what trains."""
+        """Where an optimizer step begins: enter the next phase when this one is over."""
         if batch_idx % trainer.accumulate_grad_batches or not isinstance(pl_module, Task):
             return
         if self._ended(trainer):
             self._advance(trainer, pl_module)
-        if self._due:
-            check_trainability(pl_module.backbone, pl_module.frozen_stages, self._expected)
-            self._due = False
 
     def _ended(self, trainer: Trainer) -> bool:
         if self.index == len(self.plan) - 1 or self._held is not None:
@@ -227,13 +221,12 @@ class GradualUnfreezing(Callback):
         self.index += 1
         self.start_step, self.start_epoch = trainer.global_step, trainer.current_epoch
         self._forget()
-        self._expected = self.phase.apply(task)
+        self.phase.apply(task)
         if self.phase.moments == "reset":
             for optimizer in trainer.optimizers:
                 reset_moments_(optimizer)
         self._begin(trainer, task)
         rewrap(trainer, task)
-        self._due = True
         frozen = ", ".join(sorted(task.frozen_stages)) or "nothing"
         rank_zero_info(
             f"methods.{self.name}: phase {self.index + 1} of {len(self.plan)} from optimizer step {self.start_step}, "
@@ -262,7 +255,6 @@ class GradualUnfreezing(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count validations without improvement; the first process's value decides for all."""
-        self._due = True
         phase = self.phase
         watches = self._held is None and (phase.patience or phase.restore_best)
         if trainer.sanity_checking or not watches:
@@ -324,7 +316,7 @@ class GradualUnfreezing(Callback):
         self.start_epoch, self._length = state_dict["start_epoch"], state_dict["length"]
         self._best, self._bad, self._over = state_dict["best"], state_dict["bad"], state_dict["over"]
         self._weights = state_dict["weights"]
-        self._expected = self.phase.apply(self._task)
+        self.phase.apply(self._task)
         phase = self.phase
         schedule = self._phased(self._task)
         schedule.resume(self.start_step, self._length, phase.rates, phase.warmup, phase.lr)
