@@ -13,7 +13,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from crossft.callbacks.monitoring import (
     AtomicCheckpointIO,
@@ -81,7 +81,8 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
         trainer = Trainer(**arguments)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
-    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy) and not isinstance(trainer.strategy, FSDP2):
+    shards = isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
+    if shards and not isinstance(trainer.strategy, FSDP2):
         raise ConfigError(
             f"trainer.strategy={type(trainer.strategy).__name__}: the command line loads and writes a sharded model "
             "through crossft.tasks.FSDP2 alone; add --config configs/trainer/fsdp2.yaml, or set "

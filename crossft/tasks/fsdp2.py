@@ -12,7 +12,6 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from crossft.errors import ConfigError
@@ -35,7 +34,7 @@ class FSDP2(ModelParallelStrategy):
     """
 
     def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+        self, process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=30)
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
