@@ -204,6 +204,8 @@ def test_a_signal_saves_at_the_next_boundary_and_stops(
         load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"],
     )
     assert other.seen[0][0] == (micro + 1) // 2
+    logged = [read_metrics(RunFolder(run).metrics) for run in (folder, tmp_path)]
+    assert repr(logged[1]) == repr(logged[0]), "the step at which it stopped is in metrics.csv"
     assert signal.getsignal(number) == former
 
 

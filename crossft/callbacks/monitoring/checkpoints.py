@@ -108,6 +108,7 @@ class Checkpoints(Checkpoint):
         due = self._pending or (trainer.is_global_zero and self._due(trainer.global_step))
         self._pending = self._wanted(trainer, due)
         if self._pending and not loop._should_check_val_fx(fetcher):
+            trainer._logger_connector.update_train_step_metrics()  # else a stop here would lose what this step logs
             self._save(trainer)
             self._stop_if_told(trainer)
 
