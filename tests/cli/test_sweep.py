@@ -61,7 +61,7 @@ def test_killed_sweep_finishes_every_run_once(study: Path, capsys: pytest.Captur
     assert sum(fits + resumes for fits, resumes in starts.values()) <= 5, starts
     assert all(1 <= fits + resumes <= 2 for fits, resumes in starts.values())
     assert sum(log.count("source: fitting") for log in logs.values()) <= 3
-    assert "best mean of target/test/accuracy: train_last=" in printed
+    assert "best mean of target/test/accuracy, without a test: train_last=" in printed
     for name in ("comparison.html", "comparison.md", "comparison.csv", "tradeoff.png"):
         assert (root / name).stat().st_size > 100, name
     assert "train_last=2" in (root / "comparison.md").read_text()

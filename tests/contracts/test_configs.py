@@ -18,6 +18,7 @@ from crossft.cli.resolve import resolve
 from crossft.errors import ConfigError
 from crossft.sweeps.arms import arguments, expand
 from crossft.sweeps.file import read_sweep
+from crossft.tasks import FSDP2
 from crossft.types import Domain
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -104,7 +105,7 @@ def test_trainer_fragment_goes_over_a_base(fragment: Path) -> None:
     base = CONFIGS / "vision" / "domains.yaml"
     settings = Settings([f"--config={base}", f"--config={fragment}", *DATA])
     trainer = build_trainer(settings, logger=False, accelerator="cpu")
-    assert isinstance(trainer.strategy, DDPStrategy)
+    assert isinstance(trainer.strategy, DDPStrategy | FSDP2)
     assert trainer.world_size == settings.config.trainer.devices * settings.config.trainer.num_nodes > 1
     assert f"max_epochs: {trainer.max_epochs}\n" in base.read_text(), "the fragment replaced the base's trainer"
     assert not settings.config.trainer.use_distributed_sampler

@@ -50,7 +50,7 @@ class PrefixCache(Callback):
 
     A value is found by what it was made of: weights, buffers, modes and settings of the prefix, sample, transform or
     token ids, precision. So later runs and arms with the same prefix read it, and another prefix never does. The
-    first batch at each cut runs four rows both ways, in training and in evaluation (one, where all four are stored
+    first batch at each cut runs four rows both ways, in training and in evaluation (two, where the batch is stored
     already); where the features differ by more than 1e-4 of the largest (2e-2 under bfloat16) the full path is used
     and a warning says so.
 
@@ -316,9 +316,8 @@ class PrefixCache(Callback):
         cut, store = self._cut, self._store
         assert cut is not None
         assert store is not None
-        few = some(batch, VERIFIED)
-        if store.form is not None and store.known(few.keys).all():
-            few = some(batch, 1)  # another run has built this: one row shows whether it is what it is taken for
+        built = store.form is not None and store.known(batch.keys).all()
+        few = some(batch, 2 if built else VERIFIED)  # two show whether what another run has built is this prefix's
         halves = [h.tolist() for h in np.array_split(np.arange(len(few)), 2) if len(h)]
         with aside(task.backbone, batch.domains):
             set_domains(task.backbone, few.domains)

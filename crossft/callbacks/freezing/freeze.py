@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from crossft.callbacks.freezing.selection import Combine, ParameterKind, Selection
+from crossft.callbacks.freezing.selection import Combine, ParameterKind, Selection, refuse_another
 from crossft.callbacks.freezing.wrapping import refuse_fused
-from crossft.errors import ConfigError, TrainingError
+from crossft.errors import ConfigError
 from crossft.tasks import Task
-from crossft.tasks.trainability import trainable_names
 
 __all__ = ["Freeze"]
 
@@ -63,11 +62,8 @@ class Freeze(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a second method that has chosen anew; from here on the task checks what trains."""
-        if isinstance(pl_module, Task) and (other := trainable_names(pl_module.backbone) ^ self._chosen):
-            raise TrainingError(
-                f"methods.{self.name}: a second method has changed whether backbone parameter {min(other)!r} trains; "
-                "leave that to one method"
-            )
+        if isinstance(pl_module, Task):
+            refuse_another(pl_module, self._chosen, self.name)
 
     @property
     def state_key(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossft.callbacks.freezing.course import check_reach, course_of
 from crossft.callbacks.freezing.phases import Phase, check_plan, planned_steps, thawing
+from crossft.callbacks.freezing.selection import refuse_another
 from crossft.callbacks.freezing.wrapping import refuse_unwrappable, rewrap
 from crossft.errors import CheckpointError, ConfigError
 from crossft.optim import Phased, reset_moments_, set_rates_
@@ -84,6 +85,7 @@ class GradualUnfreezing(Callback):
 
     def _start_over(self) -> None:
         self.index, self.start_step, self.start_epoch, self._length = 0, 0, 0, 0
+        self._chosen: frozenset[str] = frozenset()
         self._resumed = False
         self._forget()
 
@@ -138,7 +140,7 @@ class GradualUnfreezing(Callback):
         if self._held is None:
             pl_module.schedule = Phased(getattr(pl_module.schedule, "base", pl_module.schedule))
         self.index = self._held or 0
-        self.phase.apply(pl_module)
+        self._chosen = self.phase.apply(pl_module)
 
     def hold(self, task: Task, index: int) -> None:
         """Train one phase alone, for the whole fit and under another's schedule; until `release`.
@@ -159,12 +161,12 @@ class GradualUnfreezing(Callback):
                 "phases, counted from 0"
             )
         self._held = self.index = index
-        self.phase.apply(task)
+        self._chosen = self.phase.apply(task)
 
     def release(self, task: Task) -> None:
         """Let the phases follow one another again; the task is back in the first."""
         self._held, self.index = None, 0
-        self.phase.apply(task)
+        self._chosen = self.phase.apply(task)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the last phase can be reached, and know the length of the first.
@@ -173,7 +175,10 @@ class GradualUnfreezing(Callback):
 
         Raises:
             ConfigError: it cannot.
+            TrainingError: a second method has changed what trains.
         """
+        if isinstance(pl_module, Task):
+            refuse_another(pl_module, self._chosen, self.name)
         if self._held is not None:
             return
         if self._resumed:
@@ -221,7 +226,7 @@ class GradualUnfreezing(Callback):
         self.index += 1
         self.start_step, self.start_epoch = trainer.global_step, trainer.current_epoch
         self._forget()
-        self.phase.apply(task)
+        self._chosen = self.phase.apply(task)
         if self.phase.moments == "reset":
             for optimizer in trainer.optimizers:
                 reset_moments_(optimizer)
@@ -316,7 +321,7 @@ class GradualUnfreezing(Callback):
         self.start_epoch, self._length = state_dict["start_epoch"], state_dict["length"]
         self._best, self._bad, self._over = state_dict["best"], state_dict["bad"], state_dict["over"]
         self._weights = state_dict["weights"]
-        self.phase.apply(self._task)
+        self._chosen = self.phase.apply(self._task)
         phase = self.phase
         schedule = self._phased(self._task)
         schedule.resume(self.start_step, self._length, phase.rates, phase.warmup, phase.lr)

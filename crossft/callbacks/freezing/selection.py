@@ -13,11 +13,11 @@ from torch import nn
 
 from crossft.backbones import Backbone
 from crossft.backbones.adapted import is_adapter
-from crossft.errors import ConfigError, StageError
+from crossft.errors import ConfigError, StageError, TrainingError
 from crossft.tasks import Task
 from crossft.tasks.trainability import trainable_names
 
-__all__ = ["Combine", "ParameterKind", "Selection"]
+__all__ = ["Combine", "ParameterKind", "Selection", "refuse_another"]
 
 ParameterKind = Literal["norm", "bias", "adapter"]
 """``norm``: scales and shifts of normalization layers. ``bias``: every bias, those of norms included (BitFit).
@@ -87,6 +87,19 @@ class Selection:
         names = self.names(task.backbone)
         task.train_only(p for name, p in task.backbone.named_parameters() if name in names)
         return trainable_names(task.backbone)
+
+
+def refuse_another(task: Task, chosen: frozenset[str], name: str) -> None:
+    """Refuse a second method that has changed what trains since method ``name`` chose; asked when training starts.
+
+    Raises:
+        TrainingError: one has.
+    """
+    if other := trainable_names(task.backbone) ^ chosen:
+        raise TrainingError(
+            f"methods.{name}: a second method has changed whether backbone parameter {min(other)!r} trains; leave that "
+            "to one method"
+        )
 
 
 def _last(backbone: Backbone, count: int) -> list[str]:
