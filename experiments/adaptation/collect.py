@@ -18,7 +18,7 @@ from crossft.reports.stats import compare_paired, interval
 
 HERE = Path(__file__).resolve().parent
 SELECTED, ORACLE, REGRET = "target/test/accuracy", "oracle/target/test/accuracy", "oracle/target/regret"
-NAMES = {SELECTED: "selected", ORACLE: "oracle", REGRET: "regret", "source/test/accuracy": "source"}
+NAMES = {SELECTED: "selected", ORACLE: "oracle", REGRET: "regret", "source/test/accuracy": "source accuracy"}
 BASELINES = {"baseline/tfidf/target/test/accuracy": "TF-IDF", "baseline/frozen/target/test/accuracy": "frozen features"}
 FIRST = ("source-only", "erm", "target-supervised")
 
