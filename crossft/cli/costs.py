@@ -25,14 +25,16 @@ def step_cost(task: Task) -> tuple[int, int]:
     """
     training = task.training
     task.eval()
-    head = next(iter(task.heads.values()))
+    head = next((h for h in task.heads.values() if any(p.requires_grad for p in h.parameters())), None)
+    head = head or next(iter(task.heads.values()))
     mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
     if task.batchnorm == "per_domain":
         set_domains(task.backbone, torch.zeros(1, dtype=torch.long))
     with torch.enable_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         value = head(task.backbone(_one_row(task)).features).sum()
         forward = counter.get_total_flops()
-        value.backward()
+        if value.requires_grad:
+            value.backward()
     set_domains(task.backbone, None)
     for parameter in task.parameters():
         parameter.grad = None

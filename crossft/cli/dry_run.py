@@ -93,18 +93,21 @@ class DryRun:
             callbacks.append(task.schedule)
         if not seen.kind_known:
             return None
+        whole = seen  # a sequence is measured on all its domains in the end, and validated leg by leg
         if config.get("sequence"):
             seen = _first_leg(seen)
         checked_metric("select", config.select.metric, seen.domains, seen.rows)
         checked_metric("trial.metric", config.trial.metric, seen.domains, seen.rows)
+        if not str(config.model.class_path).startswith(_OURS):
+            return None
         if not all(type(c).__module__.startswith(_OURS) for c in (task, *callbacks) if c is not None):
             return None
         known = validation_metrics(seen.domains, seen.rows)
         for callback in callbacks:
             _check_monitor(callback, known, callbacks)
-        names = display_names(seen.domains)
+        names = display_names(whole.domains)
         tests = [
-            f"{names[d.name]}/test/{m}" for d in seen.domains for m in ("loss", *domain_metrics(d, sync=False).keys())
+            f"{names[d.name]}/test/{m}" for d in whole.domains for m in ("loss", *domain_metrics(d, sync=False).keys())
         ]
         return [*known, *tests]
 
@@ -166,9 +169,16 @@ def _trainer(settings: Settings) -> Trainer:
         return build_trainer(settings)
     except ConfigError:
         named = config.strategy if isinstance(config.strategy, str) else "auto"
-        if config.accelerator == "cpu" or named not in ("auto", *_strategies()):
+        if config.accelerator == "cpu" or named not in ("auto", *_strategies()) or _shards(config.strategy):
             raise
         return build_trainer(settings, accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision=None)
+
+
+def _shards(strategy: Any) -> bool:
+    """Whether every run would refuse the strategy, whatever its devices: one that shards in another way than ours."""
+    name = str(strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__))
+    sharding = any(word in name.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
+    return sharding and not name.startswith("crossft.")
 
 
 def _strategies() -> Sequence[str]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossft.errors import ConfigError
+from crossft.errors import ConfigError, CrossftError
 from crossft.sweeps.file import read_sweep
 from crossft.sweeps.local import Outcome
 from crossft.sweeps.plan import Plan, make_plan
@@ -33,8 +33,14 @@ def run(arguments: list[str]) -> int:
     _print(plan, done)
     from crossft.cli.sweep import close, report
 
-    report(plan)
-    return 0 if done.queued or done.submitted else close(_outcomes(plan, done))
+    if not (done.queued or done.submitted):
+        report(plan)
+        return close(_outcomes(plan, done))
+    try:
+        report(plan)
+    except (CrossftError, OSError) as error:  # a run that begins, or goes on, writes its folder meanwhile
+        print(f"no comparison now: {error}")
+    return 0
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -108,10 +108,10 @@ def hedges_correction(degrees: int) -> float:
 
 
 def compare_paired(arm: Mapping[Any, float], baseline: Mapping[Any, float]) -> Comparison | None:
-    """Compare an arm with the baseline, paired by seed, or by task and seed; None where nothing is in both.
+    """Compare an arm with the baseline, paired by seed; None where nothing is in both.
 
     Args:
-        arm: value by seed, or by task and seed; ``baseline`` the same. NaN counts as missing. Metrics are computed in
+        arm: value by seed; ``baseline`` the same. NaN counts as missing. Metrics are computed in
             32 bits, so differences below 1e-6 of the values count as none, and effect sizes over such are NaN.
     """
     pairs = [(arm[s], baseline[s]) for s in arm if s in baseline]

@@ -200,9 +200,9 @@ class Local:
             fresh = clear(run.folder)
             process = self._spawn(run, slot, fresh, lock)
         except (RunError, OSError) as error:
-            os.close(lock)
             with suppress(RunError, OSError):
                 _record(run, "failed", str(error))
+            os.close(lock)
             self._end(Outcome(run, State.FAILED, str(error)), None, watcher)
             return
         self._active[slot] = _Active(run, process, lock, time.monotonic())

@@ -150,7 +150,8 @@ def _check_groups(task: Task) -> None:
                 f"parameter {name!r} is in no group of the optimizer, so it could never train; give the optimizer all "
                 "of named_groups(), what is frozen too"
             )
-        decay, wanted = held[id(parameter)], expected[id(parameter)]
+        decay = held[id(parameter)]
+        wanted = expected.get(id(parameter), decay)
         if decay != wanted:
             raise TrainingError(
                 f"parameter {name!r} has weight_decay={decay} in the optimizer, against {wanted} in the task's groups: "

@@ -100,6 +100,8 @@ def test_a_source_with_labels_of_its_own_has_a_head_that_does_not_train(config: 
     heads = {name: cells for name, cells in rows.items() if name.startswith("head.")}
     assert heads["head.photo"][:3] == ["frozen", "0", f"{2 * features + 2:,}"]
     assert heads["head.sketch"][:3] == ["train", f"{3 * features + 3:,}", f"{3 * features + 3:,}"]
+    probe = ["--methods.freeze=crossft.callbacks.freezing.Freeze", "--methods.freeze.train_last=0"]
+    assert main(["inspect", f"--config={config}", *named, *probe]) == 0, "the head that trains is the one that counts"
 
 
 def test_the_curve_and_the_phases_need_the_number_of_steps(config: Path, tmp_path: Path, capsys) -> None:

@@ -108,7 +108,8 @@ class Checkpoints(Checkpoint):
         due = self._pending or (trainer.is_global_zero and self._due(trainer.global_step))
         self._pending = self._wanted(trainer, due)
         if self._pending and not loop._should_check_val_fx(fetcher):
-            trainer._logger_connector.update_train_step_metrics()  # else a stop here would lose what this step logs
+            if trainer.strategy.reduce_boolean_decision(self.stopping.received is not None, all=False):
+                trainer._logger_connector.update_train_step_metrics()  # the stop below is before Lightning's own turn
             self._save(trainer)
             self._stop_if_told(trainer)
 

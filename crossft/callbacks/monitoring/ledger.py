@@ -50,7 +50,8 @@ def ledger_rows(task: Task, groups: Iterable[Mapping[str, Any]], phase: int = 0,
         if kind == "decay":
             row["weight_decay"] = float(group["weight_decay"])
     for name, row in rows.items():
-        training = any(m.training for owner in owners[name] for m in owner.modules())
+        modules = [m for owner in owners.get(name, ()) for m in owner.modules()]
+        training = any(m.training for m in modules) or (not modules and bool(row["trainable"]))
         row["mode"] = "train" if training else "eval" if row["trainable"] else "frozen"
         policy = "frozen" if name in task.frozen_stages else str(task.batchnorm)
         row["batchnorm"] = policy if any(batch_norms(m) for m in stages.get(name, ())) else ""
