@@ -5,9 +5,9 @@
 Both fit EfficientNet-lite0 on photo of pacs-96 (32 images a batch), each in a process of its own, in turns, in one
 thread; seconds are those from the start of the process to the end of the first step. The script has the same imports
 as crossft by then (torch, torchvision, timm, lightning.pytorch with its command line, torchmetrics, pandas with
-pyarrow), lists one folder and trains the packaged network. crossft reads its config, checks the data against a warm manifest (the first run of each is not
-counted), splits it, and writes its run folder; W&B is off in both. Bounds: 1.10 times the script, and 10 times
-`python -c pass` for `--help`.
+pyarrow), lists one folder and trains the packaged network. crossft reads its config, checks the data against a warm
+manifest (the first run of each is not counted), splits it, and writes its run folder; W&B is off in both. Bounds: 1.10
+times the script, and 10 times `python -c pass` for `--help`.
 """
 
 from __future__ import annotations
