@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jsonargparse import Namespace
@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from crossft.backbones import Timm, Transformer
 from crossft.callbacks.adaptation.features import layer_of
 from crossft.callbacks.freezing import DomainGap, Freeze, GradualUnfreezing
-from crossft.cli.leg import build_methods, build_trainer
+from crossft.cli.leg import build_methods, build_trainer, refuse_other_sharding
 from crossft.cli.parser import Settings
 from crossft.cli.selection import checked_metric, validation_metrics
 from crossft.data import DomainData
@@ -168,23 +168,23 @@ def _trainer(settings: Settings) -> Trainer:
     try:
         return build_trainer(settings)
     except ConfigError:
-        named = config.strategy if isinstance(config.strategy, str) else "auto"
-        if config.accelerator == "cpu" or named not in ("auto", *_strategies()) or _shards(config.strategy):
+        kind = _strategy_class(config.strategy)
+        if kind is not None:
+            refuse_other_sharding(kind)
+        if config.accelerator == "cpu" or (kind is None and config.strategy != "auto"):
             raise
         return build_trainer(settings, accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision=None)
 
 
-def _shards(strategy: Any) -> bool:
-    """Whether every run would refuse the strategy, whatever its devices: one that shards in another way than ours."""
-    name = str(strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__))
-    sharding = any(word in name.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
-    return sharding and not name.startswith("crossft.")
-
-
-def _strategies() -> Sequence[str]:
+def _strategy_class(strategy: Any) -> type | None:
+    """The class that a name or an object's config stands for; None for ``auto`` and for unknown names."""
+    if not isinstance(strategy, str):
+        module, _, name = str(strategy.class_path).rpartition(".")
+        return cast("type", getattr(import_module(module), name))
     from lightning.pytorch.strategies import StrategyRegistry
 
-    return [str(name) for name in StrategyRegistry.available_strategies()]
+    known = strategy in StrategyRegistry.available_strategies()
+    return cast("type", StrategyRegistry[strategy]["strategy"]) if known else None
 
 
 def _is_small_text(data: DomainData, reader: Any, name: str) -> bool:

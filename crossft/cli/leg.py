@@ -53,7 +53,7 @@ from crossft.sweeps.study import TrialReports
 from crossft.tasks import FSDP2, Task
 from crossft.tasks.sharding import is_sharded
 
-__all__ = ["Leg", "build_methods", "build_task", "build_trainer", "measure"]
+__all__ = ["Leg", "build_methods", "build_task", "build_trainer", "measure", "refuse_other_sharding"]
 
 
 def build_task(settings: Settings, data: DomainData) -> Task:
@@ -81,14 +81,23 @@ def build_trainer(settings: Settings, **overrides: Any) -> Trainer:
         trainer = Trainer(**arguments)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
-    shards = isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
-    if shards and not isinstance(trainer.strategy, FSDP2):
+    refuse_other_sharding(type(trainer.strategy))
+    return trainer
+
+
+def refuse_other_sharding(strategy: type) -> None:
+    """Refuse strategies that shard in another way than ``crossft.tasks.FSDP2``.
+
+    Raises:
+        ConfigError: it is one of them.
+    """
+    shards = issubclass(strategy, (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy))
+    if shards and not issubclass(strategy, FSDP2):
         raise ConfigError(
-            f"trainer.strategy={type(trainer.strategy).__name__}: the command line loads and writes a sharded model "
-            "through crossft.tasks.FSDP2 alone; add --config configs/trainer/fsdp2.yaml, or set "
+            f"trainer.strategy={strategy.__name__}: the command line loads and writes a sharded model through "
+            "crossft.tasks.FSDP2 alone; add --config configs/trainer/fsdp2.yaml, or set "
             "trainer.strategy.class_path=crossft.tasks.FSDP2, or trainer.strategy=ddp"
         )
-    return trainer
 
 
 def build_methods(settings: Settings) -> list[Callback]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from crossft.reports.records import groups, headline, leaves, with_baseline
-from crossft.reports.stats import Interval, compare_paired, holm, interval
-from crossft.reports.tables import ALPHA, ArmTable, Cell, counted, power, run_counts
+from crossft.reports.stats import Interval, interval
+from crossft.reports.tables import ArmTable, Cell, compared, counted, power, run_counts
 from crossft.runs import higher_is_better
 
 __all__ = ["RANK", "overall"]
@@ -61,19 +61,7 @@ def _table(
 
 
 def _column(tasks: dict[str, pd.DataFrame], arms: list[str], metric: str, baseline: str | None) -> dict[str, Cell]:
-    means = {arm: _means(tasks, arm, metric) for arm in arms}
-    found = {arm: interval(list(means[arm].values())) for arm in arms}
-    if baseline is None:
-        return {arm: Cell(found[arm]) for arm in arms}
-    others = [arm for arm in arms if arm != baseline]
-    compared = [compare_paired(means[arm], means.get(baseline, {})) for arm in others]
-    adjusted = holm([c.p if c is not None else float("nan") for c in compared])
-    cells = {baseline: Cell(found[baseline])} if baseline in found else {}
-    for arm, comparison, p in zip(others, compared, adjusted):
-        up = higher_is_better(metric)
-        better = (comparison.difference.mean > 0) == up if comparison is not None and p < ALPHA else None
-        cells[arm] = Cell(found[arm], comparison, p, better)
-    return cells
+    return compared({arm: _means(tasks, arm, metric) for arm in arms}, arms, metric, baseline)
 
 
 def _means(tasks: dict[str, pd.DataFrame], arm: str, metric: str) -> dict[int, float]:

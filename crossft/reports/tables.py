@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,7 @@ __all__ = [
     "Cell",
     "arm_table",
     "compare",
+    "compared",
     "counted",
     "label",
     "power",
@@ -288,15 +289,29 @@ def _column(finished: pd.DataFrame, arms: list[str], metric: str, baseline: str 
     values: dict[str, dict[int, float]] = {
         str(arm): dict(zip(some["seed"], some[metric])) for arm, some in finished.groupby("arm") if metric in finished
     }
+    return compared(values, arms, metric, baseline)
+
+
+def compared(
+    values: Mapping[str, Mapping[int, float]], arms: Sequence[str], metric: str, baseline: str | None
+) -> dict[str, Cell]:
+    """One metric's cell of each arm.
+
+    Args:
+        values: by arm and seed.
+        arms: all of them, also those without a value.
+        metric: its key, which says whether higher is better.
+        baseline: the arm that others are compared with, or None.
+    """
     found = {arm: interval(list(values.get(arm, {}).values())) for arm in arms}
     if baseline is None:
         return {arm: Cell(found[arm]) for arm in arms}
     others = [arm for arm in arms if arm != baseline]
-    compared = [compare_paired(values.get(arm, {}), values.get(baseline, {})) for arm in others]
-    adjusted = holm([c.p if c is not None else float("nan") for c in compared])
+    comparisons = [compare_paired(values.get(arm, {}), values.get(baseline, {})) for arm in others]
+    adjusted = holm([c.p if c is not None else float("nan") for c in comparisons])
     up = higher_is_better(metric)
-    cells = {baseline: Cell(found[baseline])}
-    for arm, comparison, p in zip(others, compared, adjusted):
+    cells = {baseline: Cell(found[baseline])} if baseline in found else {}
+    for arm, comparison, p in zip(others, comparisons, adjusted):
         better = (comparison.difference.mean > 0) == up if comparison is not None and p < ALPHA else None
         cells[arm] = Cell(found[arm], comparison, p, better)
     return cells

@@ -61,7 +61,11 @@ def texts(base: list[str]) -> list[str]:
         ([f"--{BACKBONE}.name=./nowhere"], "timm cannot build name='./nowhere'"),
         ([f"--{BACKBONE}.name=test_mambaout", f"--{BACKBONE}.weights=no.pth"], "weights='no.pth' is no file"),
         (["--source_leg.model.init_args.backbone.init_args.name=nonsense_net"], "in the source leg: name='nonsense"),
-        (["--trainer.strategy=fsdp"], "trainer"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy=FSDPStrategy: the command line loads"),
+        (
+            ['--trainer.strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
+            "trainer.strategy=ModelParallelStrategy: the command line loads",
+        ),
         (["--trainer.strategy=nonsense"], "trainer: You selected an invalid strategy name: `strategy='nonsense'`"),
         (["--select.metric=target/val/nonsense"], "allowed: source/val/loss, source/val/accuracy"),
         (["--select.metric=target/val/loss", "--data.shots=2"], "A target without validation labels cannot choose"),

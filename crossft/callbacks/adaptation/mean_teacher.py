@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.adaptation.roles import Ids, ids_of, shared_head
 from crossft.callbacks.base import MethodCallback
-from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional import upcast
 from crossft.tasks import Task

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossft.backbones import batch_norms
 from crossft.callbacks.averaging.base import PublishedWeights
-from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.tasks import Task
 

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossft.backbones.batchnorm import without_statistics
-from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional import entropy, upcast
 from crossft.tasks import Task

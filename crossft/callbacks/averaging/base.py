@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional.averaging import blended
 from crossft.tasks import Task

@@ -19,7 +19,7 @@ from crossft.callbacks.monitoring.feature_maps import Projection, draw_features
 from crossft.callbacks.monitoring.inside import Inside, look_inside
 from crossft.callbacks.monitoring.reference import reference_scores
 from crossft.callbacks.monitoring.scores import SCORES, score_keys
-from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional.kernels import gaussian_kernel, mmd_unbiased
 from crossft.metrics.probes import FOLDS, proxy_a_distance

@@ -14,7 +14,7 @@ from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.base import MethodCallback, method_seed
 from crossft.callbacks.retention.chain import leave_memory
 from crossft.callbacks.retention.rehearsal import Keep, check_memory, chosen_rows, ids_of_rows, rows_of
-from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.data.passes import batch_of, placed
 from crossft.errors import ConfigError
 from crossft.functional.modes import evaluating

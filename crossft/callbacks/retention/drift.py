@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from crossft.callbacks.base import MethodCallback
-from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.callbacks.retention.start import StartingPoint
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.tasks import Task
 from crossft.types import WeightPenalty

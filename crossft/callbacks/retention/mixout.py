@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossft.callbacks.base import MethodCallback, method_seed
-from crossft.callbacks.retention.sharding import refuse_sharded
 from crossft.callbacks.retention.start import StartingPoint
 from crossft.callbacks.retention.swaps import Swap, put_back, swap_layers
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.functional.mixing import drawn_mask, mixout
 from crossft.tasks import Task

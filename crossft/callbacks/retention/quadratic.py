@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.retention.importance import ANCHOR, IMPORTANCE, Importance, carried
-from crossft.callbacks.retention.sharding import refuse_sharded
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.functional.pull import add_pull_
 from crossft.tasks import Task
 from crossft.types import WeightPenalty
