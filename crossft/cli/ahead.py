@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.freezing import Freeze, GradualUnfreezing, Phase
-from crossft.callbacks.freezing.course import Course, check_reach, earliest_starts
+from crossft.callbacks.freezing.course import Course, check_lengths, check_reach, earliest_starts
 from crossft.cli.leg import build_methods, build_task
 from crossft.cli.parser import Settings
 from crossft.data import DomainData
@@ -85,8 +85,8 @@ def look_ahead(settings: Settings, steps: int | None = None) -> Ahead:
             plan = method.plan
             if data is not None and course is not None:
                 check_reach(plan, course, method.name)
-            elif all(phase.epochs for phase in plan[:-1]) and (settings.config.trainer.max_epochs or 0) > 0:
-                check_reach(plan, Course(int(settings.config.trainer.max_epochs), 1), method.name)
+            else:
+                check_lengths(plan, settings.config.trainer.max_epochs, settings.config.trainer.max_steps, method.name)
     starts = earliest_starts(plan, course) if course is not None else []
     left_out = [m.name for m in terms] if data is None else []
     return Ahead(task, plan, course, starts, data is None, left_out)

@@ -18,11 +18,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from crossft.callbacks.freezing import GradualUnfreezing
+from crossft.cli.ahead import planned_course
 from crossft.cli.leg import build_methods, build_task, build_trainer, measure
 from crossft.cli.legs import Chain, prepared
 from crossft.cli.parser import Settings
 from crossft.data import DomainData
-from crossft.errors import CrossftError
+from crossft.errors import ConfigError, CrossftError
 
 __all__ = ["main", "seconds_of"]
 
@@ -65,16 +66,18 @@ def seconds_of(settings: Settings, data: DomainData, before: bool) -> float:
     ends = list(dict(clock.times).values())
     each = statistics.median(b - a for a, b in pairwise(ends[1:])) if len(ends) > 2 else ends[-1] - began
     start = max(0.0, ends[0] - began - each)
-    epochs, most = config.trainer.max_epochs, config.trainer.max_steps
-    total = min(n for n in (epochs * data.steps_per_epoch if epochs and epochs > 0 else None, most) if n and n > 0)
+    batches = data.steps_per_epoch * int(config.trainer.accumulate_grad_batches)
+    course = planned_course(config.trainer, batches, bool(data.eval_domains("val")))
+    if course is None:
+        raise ConfigError("trainer.max_epochs and trainer.max_steps set no end; a cost needs one")
     took = {}
     for split in ("val", "test"):
         since = time.monotonic()
         if data.eval_domains("val" if split == "val" else "test"):
             measure(settings, task, data, split)
         took[split] = time.monotonic() - since
-    validations = total / data.steps_per_epoch / (config.trainer.check_val_every_n_epoch or 1) + 1
-    found: float = start + each * total + took["val"] * validations + took["test"] * (1 + before)
+    validations = course.validations(course.total) + 1  # and the one before the first step
+    found: float = start + each * course.total + took["val"] * validations + took["test"] * (1 + before)
     return found
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from crossft.backbones import Timm, Transformer
 from crossft.callbacks.adaptation.features import layer_of
 from crossft.callbacks.freezing import DomainGap, Freeze, GradualUnfreezing
+from crossft.callbacks.freezing.course import check_lengths
 from crossft.cli.leg import build_methods, build_trainer, refuse_other_sharding
 from crossft.cli.parser import Settings
 from crossft.cli.selection import checked_metric, validation_metrics
@@ -90,6 +91,7 @@ class DryRun:
         if task is not None:
             for method in methods:
                 _check_stages(method, task)
+            _check_choices(methods, task, config.trainer)
             callbacks.append(task.schedule)
         if not seen.kind_known:
             return None
@@ -294,10 +296,26 @@ def _check_stages(method: Callback, task: Task) -> None:
         raise type(error)(f"methods.{name}: {error}") from error
 
 
+def _check_choices(methods: Sequence[Callback], task: Task, trainer: Any) -> None:
+    """Refuse two methods that choose what trains, and phases that are longer than the fit."""
+    chosen: dict[str, frozenset[str]] = {}
+    for method in methods:
+        if isinstance(method, GradualUnfreezing):
+            plan = method.plan_for(task)
+            check_lengths(plan, trainer.max_epochs, trainer.max_steps, method.name)
+            chosen[method.name] = frozenset().union(*(phase.names(task.backbone) for phase in plan))
+        elif isinstance(method, Freeze):
+            chosen[method.name] = method.selection.names(task.backbone)
+    if len(set(chosen.values())) > 1:
+        raise ConfigError(
+            f"methods.{' and methods.'.join(chosen)} choose differently what trains; leave that to one method"
+        )
+
+
 def _check_monitor(callback: Any, known: Sequence[str], callbacks: Sequence[Any]) -> None:
     """Refuse a validation metric that a callback or schedule waits for in vain."""
     monitor = getattr(callback, "monitor", None)
-    if not isinstance(monitor, str) or "/val/" not in monitor:
+    if not isinstance(monitor, str) or "/val/" not in monitor or getattr(callback, "strict", True) is False:
         return
     allowed = [*known, *(["gap/val/mmd"] if any(isinstance(c, DomainGap) for c in callbacks) else [])]
     if monitor not in allowed:

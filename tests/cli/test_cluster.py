@@ -21,10 +21,7 @@ from crossft.runs import RunFolder, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = ["--trainer.callbacks=interrupting.HoldAt", "--allow=interrupting", "--checkpoints.every_n_steps=2"]
 
-pytestmark = [
-    pytest.mark.soak,
-    pytest.mark.skipif(bool(missing()), reason=f"no local SLURM: {missing()} not installed (slurm-wlm, munge)"),
-]
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no local SLURM: {missing()} not installed (slurm-wlm, munge)")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +66,7 @@ def study(folder: Path, config: Path, images: Path) -> Path:
     return file
 
 
+@pytest.mark.soak
 def test_array_with_a_preempted_arm_ends_as_the_local_sweep(
     slurm: pytest.MonkeyPatch, config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from crossft.backbones import Backbone
 from crossft.backbones.base import StagePlan
+from crossft.cli import cost
 from crossft.cli.cost import seconds_of
 from crossft.cli.costs import full_cost, step_cost
 from crossft.cli.legs import prepared
@@ -64,3 +67,16 @@ def test_a_run_with_phases_is_timed_from_its_first_steps(config: Path, images: P
     arm = f"--methods.unfreeze={unfreeze}monitor: target/val/loss}}}}"
     settings = Settings([f"--config={config}", *named, arm, "--trainer.max_epochs=9"])
     assert seconds_of(settings, prepared(settings), False) > 0
+
+
+def test_every_validation_counts(config: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six steps with a validation each, and one before the first: seven; against two of one after all steps."""
+    monkeypatch.setattr(cost, "measure", lambda *_: time.sleep(1.0))
+    named = [f"--config={config}", f"--data.root={images}", "--data.source=photo", "--data.target=sketch"]
+    named += ["--source_leg=null", "--trainer.max_epochs=-1", "--trainer.max_steps=6"]
+    named += ["--trainer.check_val_every_n_epoch=null"]
+    found = {}
+    for every in (1, 6):
+        settings = Settings([*named, f"--trainer.val_check_interval={every}"])
+        found[every] = seconds_of(settings, prepared(settings), False)
+    assert found[1] - found[6] == pytest.approx(5 * 1.0, abs=2.5)

@@ -17,7 +17,9 @@ from crossft.sweeps.file import read_sweep
 from crossft.sweeps.plan import refuse_metric
 
 BACKBONE = "model.backbone"
+FREEZE = "crossft.callbacks.freezing.Freeze"
 GRADUAL = "crossft.callbacks.freezing.GradualUnfreezing"
+EPOCHS = [f"--methods.g={GRADUAL}", '--methods.g.every={"epochs": 1}']
 PHASES = [f"--methods.g={GRADUAL}", '--methods.g.every={"patience": 1}']
 CONFIG = {
     "model": {
@@ -72,10 +74,13 @@ def texts(base: list[str]) -> list[str]:
         ([*PHASES, "--methods.g.monitor=target/val/nonsense"], "GradualUnfreezing.monitor='target/val/nonsense'"),
         (["--data.target=nowhere"], "data.target: no domain 'nowhere' under"),
         (["--data.source=nowhere"], "data.source: no domain 'nowhere' under"),
-        (["--methods.freeze=crossft.callbacks.freezing.Freeze", "--methods.freeze.train_last=99"], "methods.freeze: "),
-        (["--methods.freeze=crossft.callbacks.freezing.Freeze", "--methods.freeze.train=[layer9]"], "unknown stage"),
+        ([f"--methods.freeze={FREEZE}", "--methods.freeze.train_last=99"], "methods.freeze: "),
+        ([f"--methods.freeze={FREEZE}", "--methods.freeze.train=[layer9]"], "unknown stage"),
         ([*PHASES, "--methods.g.monitor=target/val/loss", "--methods.g.first=9"], "methods.g: first=9 must be"),
         (["--methods.d=crossft.callbacks.adaptation.DANN", "--methods.d.layer=nowhere"], "methods.d: layer 'nowhere'"),
+        ([*EPOCHS, "--trainer.max_epochs=9", f"--methods.f={FREEZE}", "--methods.f.train_last=1"], "methods.f and "),
+        ([*EPOCHS, "--methods.g.by=2", "--trainer.max_epochs=3"], "those before it take 3 epochs, and trainer.max_ep"),
+        ([f"--methods.g={GRADUAL}", '--methods.g.every={"steps": 9}', "--trainer.max_steps=45"], "45 steps, and trai"),
     ],
     ids=lambda value: value[-1].partition("=")[2] if isinstance(value, list) else "",
 )  # fmt: skip
@@ -100,6 +105,9 @@ def test_tables_of_text_are_read_and_split(base: list[str], dry_run: DryRun, fla
     "flags",
     [
         ["--select.metric=target/val/infomax", "--data.shots=2"],
+        [*EPOCHS, "--trainer.max_epochs=9"],
+        ["--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=a/val/b",
+         "--trainer.callbacks.strict=false"],
         ["--trainer.strategy=ddp", "--trainer.devices=2"],
         ["--trainer.accelerator=gpu", "--trainer.devices=[0,1]", "--trainer.precision=16-mixed"],
         ["--sequence=photo,sketch", "--data.source=null", "--data.target=null", "--select.metric=target/val/loss"],

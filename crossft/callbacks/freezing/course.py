@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from crossft.callbacks.freezing.phases import Phase, planned_steps
 from crossft.errors import ConfigError
 
-__all__ = ["Course", "check_reach", "course_of", "earliest_starts"]
+__all__ = ["Course", "check_lengths", "check_reach", "course_of", "earliest_starts"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,28 @@ def earliest_starts(plan: Sequence[Phase], course: Course) -> list[int]:
             break
         starts.append(following)
     return starts
+
+
+def check_lengths(plan: Sequence[Phase], max_epochs: int | None, max_steps: int | None, name: str) -> None:
+    """Check that the last phase can be entered, from settings alone: where all phases are counted as the fit is.
+
+    Args:
+        plan: the phases.
+        max_epochs: of the fit; None or -1: no such limit.
+        max_steps: of the fit, likewise.
+        name: of the method, for the message.
+
+    Raises:
+        ConfigError: the phases before the last are as long as the fit.
+    """
+    for unit, most in (("epochs", max_epochs), ("steps", max_steps)):
+        lengths = [getattr(phase, unit) or 0 for phase in plan[:-1]]
+        if most is not None and all(lengths) and 0 < most <= sum(lengths):
+            raise ConfigError(
+                f"methods.{name}: the last of {len(plan)} phases is never entered: those before it take "
+                f"{sum(lengths):g} {unit}, and trainer.max_{unit}={most}; raise that, make phases shorter, or thaw "
+                "more at a time (by)"
+            )
 
 
 def check_reach(plan: Sequence[Phase], course: Course, name: str) -> list[int]:
