@@ -46,7 +46,7 @@ def run(command: str, arguments: list[str]) -> int:
         if output.suffix == ".html":
             from crossft.reports.page import write_page
 
-            write_page(options.runs, output, baseline=options.baseline)
+            write_page(options.runs, output, baseline=options.baseline, metrics=options.metrics)
         else:
             write_atomic(output, text_of(tables, _FORMATS[output.suffix]))
         print(f"written: {output}")

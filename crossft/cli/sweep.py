@@ -165,7 +165,7 @@ def report(plan: Plan) -> None:
     for number, (title, runs) in enumerate(drawn, 1):
         filled = with_baseline(counted(runs), baseline) if baseline else counted(runs)
         tradeoff(filled, plan.root / f"tradeoff{f'-{number}' if len(drawn) > 1 else ''}.png", title=title)
-    page = write_page(paths, plan.root / "comparison.html", baseline=baseline)
+    page = write_page(paths, plan.root / "comparison.html", baseline=baseline, metrics=columns or None)
     print(f"written: {page} (and .md, .csv, tradeoff.png beside it)")
 
 

@@ -31,10 +31,13 @@ def overall(records: pd.DataFrame, baseline: str | None = None, metrics: Sequenc
     """
     tables = []
     for experiment, runs in leaves(records).groupby("experiment", sort=False):
-        tasks = {title: counted(some) for title, some in groups(runs)}
-        tasks = {title: some for title, some in tasks.items() if len(some)}
+        found = {title: counted(some) for title, some in groups(runs)}
+        tasks = {title: some for title, some in found.items() if len(some)}
         if len(tasks) > 1:
-            tables.append(_table(str(experiment), runs, tasks, baseline, metrics))
+            table = _table(str(experiment), runs, tasks, baseline, metrics)
+            if lost := [title for title in found if title not in tasks]:
+                table.notes.insert(0, f"Left out, as no run of it finished: {'; '.join(lost)}.")
+            tables.append(table)
     return tables
 
 

@@ -35,7 +35,12 @@ Numbers = Mapping[str, int]
 
 
 def write_page(
-    paths: Sequence[Path | str], out: Path | str, *, title: str | None = None, baseline: str | None = None
+    paths: Sequence[Path | str],
+    out: Path | str,
+    *,
+    title: str | None = None,
+    baseline: str | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> Path:
     """Write the page of all runs below ``paths``; links to run folders are relative to the page.
 
@@ -45,6 +50,7 @@ def write_page(
         out: the HTML file to write.
         title: heading; by default the names of the experiments.
         baseline: the arm that the others are compared with, or None.
+        metrics: keys of the columns; by default the headline.
 
     Returns:
         The page's path.
@@ -57,7 +63,7 @@ def write_page(
     number = {str(arm): i for i, arm in enumerate(dict.fromkeys(leaves(records)["arm"]))}
     finished = int((records["status"] == "finished").sum())
     names = ", ".join(dict.fromkeys(records["experiment"]))
-    sections = [*_over_tasks(records, baseline, number), *_groups(records, baseline, number)]
+    sections = [*_over_tasks(records, baseline, metrics, number), *_groups(records, baseline, metrics, number)]
     html = Template(_text("page.html")).substitute(
         title=escape(title or names),
         lead=escape(f"{len(records)} runs, {finished} finished. Written by crossft {__version__}."),
@@ -99,17 +105,21 @@ def _section(place: int, heading: str, body: str) -> str:
     return f'<section id="g{place}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>'
 
 
-def _over_tasks(records: pd.DataFrame, baseline: str | None, number: Numbers) -> Iterator[tuple[str, str]]:
-    for table in overall(records, baseline):
+def _over_tasks(
+    records: pd.DataFrame, baseline: str | None, metrics: Sequence[str] | None, number: Numbers
+) -> Iterator[tuple[str, str]]:
+    for table in overall(records, baseline, metrics):
         yield (
             table.title,
             f"{_arms(table, number)}\n{_cards(_intervals(table, {}, number))}\n{_statistics(table, number)}",
         )
 
 
-def _groups(records: pd.DataFrame, baseline: str | None, number: Numbers) -> Iterator[tuple[str, str]]:
+def _groups(
+    records: pd.DataFrame, baseline: str | None, metrics: Sequence[str] | None, number: Numbers
+) -> Iterator[tuple[str, str]]:
     compared = leaves(records)
-    for table, (title, runs) in zip(compare(records, baseline), groups(compared)):
+    for table, (title, runs) in zip(compare(records, baseline, metrics), groups(compared)):
         finished = counted(runs)
         filled = with_baseline(finished, table.baseline) if table.baseline else finished
         cards = [*_tradeoff(filled, number), *_intervals(table, _seeds(filled, table.metrics), number)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -77,18 +77,23 @@ def read_records(paths: Sequence[Path | str]) -> pd.DataFrame:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    folder = RunFolder(path)
     try:
-        summary = folder.summary()
+        return _row(path, RunFolder(path).summary())
     except CrossftError as error:
-        summary = {"status": "unreadable", "error": str(error)}
+        lost = str(error)
+    except (AttributeError, TypeError, ValueError) as error:  # valid JSON of other types: one file must not hide others
+        lost = f"{path / 'summary.json'} is no summary of crossft: {error}"
+    return _row(path, {"status": "unreadable", "error": lost})
+
+
+def _row(path: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     domains = summary.get("domains") or {}
     record: dict[str, Any] = {"path": str(path), "run": path.name, **{f: summary.get(f) for f in _FIELDS}}
     record["experiment"] = record["experiment"] or path.absolute().parent.name
     record["arm"] = record["arm"] or path.name
     for role in ("source", "target"):
         record[role] = "+".join(domains.get(role) or [])
-    record |= {"error": summary.get("error"), "written": folder.summary_file.stat().st_mtime}
+    record |= {"error": summary.get("error"), "written": (path / "summary.json").stat().st_mtime}
     record |= {"domains": domains, "primary": summary.get("primary") or {}}
     for name, value in (summary.get("metrics") or {}).items():
         record[name] = float("nan") if value is None else float(value)
@@ -96,9 +101,21 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def leaves(records: pd.DataFrame) -> pd.DataFrame:
-    """The runs that no other run here starts from: without source legs and earlier legs of a chain."""
-    parts = {part for parent in records["parent"].dropna() for part in PurePath(parent).parts}
-    return records[~records["run"].isin(parts)]
+    """The runs to compare: without source legs, and without runs that the same arm and seed goes on from.
+
+    An arm that another arm starts from, as a linear probe before fine-tuning, is an arm like any other.
+    """
+    runs = list(zip(records["run"], records["experiment"], records["arm"], records["seed"]))
+    parents = [_run_named(parent) if isinstance(parent, str) else None for parent in records["parent"]]
+    chained = {(parent, *run[1:]) for parent, run in zip(parents, runs)}
+    legs = [run[0] in parents and (run[2] == "source" or run in chained) for run in runs]
+    return records[[not leg for leg in legs]]
+
+
+def _run_named(parent: str) -> str:
+    """Name of the run that ``parent`` says: its folder, or a checkpoint in it."""
+    path = PurePath(parent)
+    return path.parents[1].name if path.suffix == ".ckpt" and len(path.parents) > 1 else path.name
 
 
 def groups(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

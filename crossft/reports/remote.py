@@ -14,7 +14,7 @@ __all__ = ["PREFIX", "read_project"]
 PREFIX = "wandb:"
 """What a path to compare starts with where it names a W&B project: ``wandb:ENTITY/PROJECT``."""
 
-_ENDS = ("finished", "failed", "interrupted")
+_ENDS = ("finished", "failed", "interrupted", "pruned")
 _STATUS = {"finished": "finished", "failed": "failed", "crashed": "failed", "killed": "interrupted"}
 _STATUS |= {"preempted": "interrupted", "preempting": "running", "running": "running", "pending": "running"}
 

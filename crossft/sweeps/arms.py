@@ -189,6 +189,12 @@ def _check_parameters(sweep: SweepFile, named: Mapping[str, Mapping[str, Any]]) 
     known = {*sweep.fixed, *(key for overrides in named.values() for key in overrides)}
     for parameter in sweep.parameters:
         place = f"{sweep.path}: parameters.{parameter.key}"
+        twice = [name for name in parameter.arms or named if parameter.key in named.get(name, ())]
+        if twice:
+            raise ConfigError(
+                f"{place}: arm {twice[0]!r} sets this key itself; remove it there, or name the arms that it varies in: "
+                f"parameters.{parameter.key}.arms"
+            )
         unknown = sorted(set(parameter.arms or ()) - set(named))
         if unknown:
             raise ConfigError(f"{place}.arms: {unknown[0]!r} is no arm; they are {', '.join(named)}")

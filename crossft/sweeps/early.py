@@ -47,7 +47,7 @@ def read_early_terminate(given: Any, where: str) -> EarlyTerminate | None:
     """
     if given is None:
         return None
-    if not isinstance(given, Mapping) or given.get("type") not in _WORDS:
+    if not isinstance(given, Mapping) or str(given.get("type")) not in _WORDS:
         raise ConfigError(
             f"{where}={given!r} must be {{type: hyperband, min_iter: N}} or {{type: median, min_iter: N}}"
         )

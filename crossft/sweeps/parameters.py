@@ -109,6 +109,8 @@ def _read(given: Mapping[str, Any], where: str, prefix: str) -> Iterator[Paramet
         if not isinstance(words, Mapping):
             raise ConfigError(f"{place}={words!r}: write `{name}: {{value: {words}}}` for a fixed value")
         if "parameters" in words:
+            if not isinstance(words["parameters"], Mapping):
+                raise ConfigError(f"{place}.parameters={words['parameters']!r} must map config keys to their values")
             yield from _read(words["parameters"], f"{place}.parameters", f"{key}.")
         else:
             yield _parameter(key, dict(words), place)
@@ -120,7 +122,7 @@ def _parameter(key: str, words: dict[str, Any], where: str) -> Parameter:
         raise ConfigError(f"{where}.arms={arms!r} must be a list of names of arms; leave it out for all")
     when = _conditions(words.pop("when", {}), f"{where}.when")
     name = words.pop("distribution", None) or _implied(words, where)
-    if name not in _WORDS:
+    if str(name) not in _WORDS:
         raise ConfigError(f"{where}.distribution={name!r} is none of {', '.join(_WORDS)}")
     unknown = sorted(set(words) - set(_WORDS[name]))
     if unknown:
@@ -161,10 +163,12 @@ def _check(name: str, values: Any, settings: Mapping[str, Any], where: str) -> N
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{where}.values={values!r} must be a list that is not empty")
         shares = settings.get("probabilities")
-        if shares is not None and (not isinstance(shares, list) or len(shares) != len(values) or min(shares) < 0):
-            raise ConfigError(f"{where}.probabilities={shares!r} must be one number, 0 or more, for each of {values}")
+        if shares is not None and not (isinstance(shares, list) and len(shares) == len(values) and _are_shares(shares)):
+            raise ConfigError(
+                f"{where}.probabilities={shares!r} must be one number, 0 or more, for each of {values}, not all 0"
+            )
         return
-    wrong = [w for w, value in settings.items() if not isinstance(value, (int, float)) or isinstance(value, bool)]
+    wrong = [w for w, value in settings.items() if not _is_number(value)]
     if wrong:
         raise ConfigError(
             f"{where}.{wrong[0]}={settings[wrong[0]]!r}: {name} needs a number (YAML reads 1e-3 as text: 1.0e-3)"
@@ -175,8 +179,20 @@ def _check(name: str, values: Any, settings: Mapping[str, Any], where: str) -> N
         raise ConfigError(f"{where}: min={settings['min']} is above max={settings['max']}; swap them")
     if name.endswith("log_uniform_values") and settings["min"] <= 0:
         raise ConfigError(f"{where}.min={settings['min']} must be above 0 for {name}")
+    if name == "log_uniform" and settings["max"] > 700:  # e**700 is about the largest number there is
+        raise ConfigError(
+            f"{where}.max={settings['max']}: log_uniform draws e**min to e**max; log_uniform_values takes the values"
+        )
     if settings.get("q", 1) <= 0 or settings.get("sigma", 1) < 0:
         raise ConfigError(f"{where}: q must be above 0 and sigma 0 or more")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_shares(values: list[Any]) -> bool:
+    return all(_is_number(value) and value >= 0 for value in values) and sum(values) > 0
 
 
 def _is_int(value: Any) -> bool:

@@ -43,6 +43,15 @@ def test_values_are_means_over_tasks_with_intervals_over_seeds(table: ArmTable) 
     assert table.runs == {"base": "12", "better": "12", "mixed": "12", "partly": "1, 2 failed"}
 
 
+def test_a_task_that_nothing_finished_is_named(tmp_path: Path) -> None:
+    for target in TASKS:
+        status = "failed" if target == "cartoon" else "finished"
+        write_run(tmp_path / target / "pacs", "base", 0, **on(target, status=status))
+    (found,) = overall(read_records([tmp_path]))
+    assert found.title == "pacs: over 2 tasks"
+    assert found.notes[0] == "Left out, as no run of it finished: pacs: photo → cartoon."
+
+
 def test_pairs_are_seeds_that_finished_every_task(table: ArmTable) -> None:
     better = table.cells["better", "target/test/accuracy"]
     assert better.comparison is not None

@@ -100,6 +100,7 @@ def api(local: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
         data = {"data": {"source": "photo", "target": None}} if told["arm"] == "source" else {}
         runs.append(remote(told["arm"], told["seed"], metrics, told, path.name, **data))
     runs.append(remote("better", 4, {"target/test/accuracy": "NaN"}, name="better-s4-abcdef12"))
+    runs.append(remote("better", 5, {"target/val/accuracy": 0.1}, {"status": "pruned", "error": "ended early"}))
     stranger = remote("x", 0, {}, {})
     stranger.config.clear()
     found = Api([*runs, stranger])
@@ -110,24 +111,25 @@ def api(local: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 def test_a_project_reads_like_the_folders_of_its_runs(local: Path, api: Api) -> None:
     folders, project = read_records([local]), read_records(["wandb:us/pacs"])
     assert api.asked == "us/pacs"
-    assert len(project) == len(folders) + 1
+    assert len(project) == len(folders) + 2
     columns = [c for c in folders.columns if c not in ("path", "written")]
     assert set(columns) <= set(project.columns)
     for (_, mine), (_, theirs) in zip(project.iterrows(), folders.iterrows(), strict=False):
         for column in columns:
             same = mine[column] == theirs[column] or (pd.isna(mine[column]) and pd.isna(theirs[column]))
             assert same, (column, mine[column], theirs[column])
-    crashed = project.iloc[-1]
+    crashed, pruned = project.iloc[-2], project.iloc[-1]
+    assert (pruned["status"], pruned["error"]) == ("pruned", "ended early")
     assert (crashed["arm"], crashed["seed"], crashed["status"], crashed["seconds"]) == ("better", 4, "failed", 12.5)
     assert "W&B says crashed; see https://wandb.ai/us/pacs/runs/better4" in crashed["error"]
     assert np.isnan(crashed["target/test/accuracy"])
     mine_table, theirs_table = compare(project, "base")[0], compare(folders, "base")[0]
     assert text_of([mine_table], "csv") == text_of([theirs_table], "csv")
-    assert mine_table.runs["better"] == "3, 2 failed"
+    assert mine_table.runs["better"] == "3, 2 failed, 1 pruned"
 
 
 def test_folders_and_projects_together(local: Path, api: Api) -> None:
-    assert len(read_records([local, "wandb:us/pacs"])) == 8 + 9
+    assert len(read_records([local, "wandb:us/pacs"])) == 8 + 10
 
 
 def test_compare_and_page_from_a_project(api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

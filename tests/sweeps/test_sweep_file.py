@@ -211,6 +211,13 @@ def test_config_is_looked_for_beside_the_file_then_here(tmp_path: Path, monkeypa
         ({"parameters": {"a": {"values": [1], "arms": ["x"]}}}, "parameters.a.arms: 'x' is no arm; they are base"),
         ({"parameters": {"a": {"values": [1], "arms": "x"}}}, "arms='x' must be a list"),
         ({"parameters": {"a": {"values": [1, 2], "probabilities": [1]}}}, "probabilities=\\[1\\] must be one number"),
+        ({"parameters": {"a": {"values": [1, 2], "probabilities": ["a", "b"]}}}, "must be one number, 0 or more"),
+        ({"parameters": {"a": {"values": [1, 2], "probabilities": [0, 0]}}}, "not all 0"),
+        ({"parameters": {"a": {"parameters": 3}}}, "parameters.a.parameters=3 must map config keys"),
+        ({"parameters": {"a": {"distribution": ["x"], "min": 0, "max": 1}}}, "distribution=\\['x'\\] is none of"),
+        ({"parameters": {"a": {"min": math.nan, "max": 1.0}}}, "a.min=nan: uniform needs a number"),
+        ({"parameters": {"a": {"distribution": "log_uniform", "min": 0.0, "max": 1000.0}}}, "log_uniform_values takes"),
+        ({"arms": {"a": {"lr": 1}, "b": {}}, "parameters": {"lr": {"values": [1, 2]}}}, "arm 'a' sets this key itself"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -239,6 +246,7 @@ RATE = {"lr": {"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}}
             {"metric": {"name": "target/gain", "oracle": True}, "early_terminate": {"type": "median"}},
             "early_terminate reads the metric at every validation",
         ),
+        ({"early_terminate": {"type": ["a"]}}, "early_terminate={'type': \\['a'\\]} must be"),
         ({"parameters": {"lr": {"distribution": "normal"}}}, "normal is for `method: random`"),
         ({"parameters": {"lr": {"values": [1, 2], "probabilities": [1, 1]}}}, "probabilities is for `method: random`"),
         ({"early_terminate": {"type": "asha"}}, "must be {type: hyperband, min_iter: N}"),
