@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import TinyVision
 
+from crossft.backbones.batchnorm import BatchNormPolicy
 from crossft.callbacks.adaptation import (
     AFN,
     BNM,
@@ -114,6 +116,7 @@ def fit(
     ckpt_path: Path | None = None,
     extra: tuple[Callback, ...] = (),
     backbone: TinyVision | None = None,
+    batchnorm: Literal["auto"] | BatchNormPolicy = "auto",
     **trainer_args,
 ) -> tuple[Trainer, Classification]:
     """Train a tiny model for 4 steps."""
@@ -123,6 +126,7 @@ def fit(
     task = Classification(
         backbone or TinyVision(dropout=dropout),
         list(data.domains),
+        batchnorm=batchnorm,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     )
     trainer = Trainer(

@@ -90,7 +90,7 @@ def diagnose(
         names[d.name]: f"{names[d.name]}/test/{primary_metric(d.kind).name}" for d in task.domains if d.role != "target"
     }
     keys = {name: key for name, key in keys.items() if key in before and key in after}
-    if task.batchnorm not in ("training", "reestimated") or not keys:
+    if task.batchnorm not in ("training", "reestimated", "reestimated_source") or not keys:
         return {}
     new = _statistics(task)
     load_weights(task, init)

@@ -20,7 +20,7 @@ from crossft.types import Domain, Kind, Role
 
 __all__ = ["Draft", "Options", "Splitting", "draft_of", "split_of"]
 
-Splitting = Literal["auto", "given", "stratified", "group"]
+Splitting = Literal["auto", "given", "stratified", "random", "group"]
 Manifest = Mapping[str, Mapping[str, Sequence[int]]]
 
 
@@ -178,7 +178,7 @@ def _carved(draft: Draft, absent: Sequence[str], mode: str, options: Options) ->
     rows = np.flatnonzero(draft.split == 0)
     unit = sp.units(draft.content.tolist(), draft.table.groups)[rows]
     strata = None
-    if not draft.unlabeled and draft.kind != "regression" and mode != "group":
+    if not draft.unlabeled and draft.kind != "regression" and mode not in ("group", "random"):
         strata = ["|".join(lab.names_of(draft.labels[i], draft.kind)) for i in rows]
     scale = len(draft.split) / len(rows)
     shares = [f * scale if s in absent else 0.0 for s, f in zip(sp.SPLITS, options.splits)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from crossft.backbones import Backbone
-from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, reestimate_, set_domains
+from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, set_domains
 from crossft.errors import ConfigError, TrainingError
 from crossft.optim import Constant, Schedule, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
 from crossft.tasks.prefix import Prefix
+from crossft.tasks.reestimation import Reestimation
 from crossft.tasks.sharding import shard_, sliced_state
 from crossft.tasks.trainability import Trainability, hold_frozen_
 from crossft.types import Batch, Domain, Encoded, GradientProjection, Kind, LossTerm, StepOutput, WeightPenalty, head_of
@@ -45,7 +46,8 @@ class Task(LightningModule):
         head_dropout: dropout before each head.
         batchnorm: policy for BatchNorm *statistics*. ``auto`` is ``frozen`` for a pretrained backbone (most of the
             forgetting of a fine-tuned CNN comes from its statistics) and ``training`` otherwise. The statistics of a
-            frozen stage never move while training; ``reestimated`` replaces all once, at the end.
+            frozen stage never move while training; ``reestimated`` (AdaBN) replaces all for each validation and at the
+            end of each epoch, and training goes on with those it had.
 
     Raises:
         ConfigError: no domains, or a setting out of range.
@@ -98,6 +100,7 @@ class Task(LightningModule):
         self._trainability = Trainability()
         self.train_only()
         self._total_steps = 0
+        self._reestimation = Reestimation(self.batchnorm)
         self.prefix: Prefix | None = None
         # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
         self._ddp_params_and_buffers_to_ignore: list[str] = []
@@ -313,11 +316,18 @@ class Task(LightningModule):
             head.requires_grad_(key in self.trained_heads)
         self.train()  # an evaluation before this may have left other modes
         self.train_only()
+        self._reestimation.begin(self)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """After the start of the fit, a resume, a phase change or a validation: check that all trains as it was set."""
+        self._reestimation.put_back_(self)
         if self._trainability.due:
             self._trainability.check(self)
+
+    def on_validation_start(self) -> None:
+        """Policy ``reestimated``: the model that is validated, and may be chosen, has the statistics it ends with."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._reestimation.replace_(self)
 
     def on_validation_end(self) -> None:
         """Modes and weights come back from evaluation."""
@@ -328,19 +338,8 @@ class Task(LightningModule):
         shard_(self)
 
     def on_train_epoch_end(self) -> None:
-        """Policy ``reestimated``: at the end, compute all statistics anew from the target's training inputs."""
-        over = self.trainer.global_step >= self._total_steps or self.trainer.should_stop
-        if self.batchnorm == "reestimated" and over:
-            reestimate_(self.backbone, self._target_inputs())
-            self._trainability.buffers.clear()
-
-    def _target_inputs(self) -> Iterator[dict[str, Tensor]]:
-        targets = torch.tensor([i for i, d in enumerate(self.domains) if d.role == "target"], device=self.device)
-        for batch in self.trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
-            batch = batch.to(self.device)
-            rows = torch.isin(batch.domains, targets)
-            if int(rows.sum()) > 1:  # one row has no variance
-                yield {key: value[rows] for key, value in batch.inputs.items()}
+        """Policy ``reestimated``: every epoch may be the last, and none knows whether another callback ends the fit."""
+        self._reestimation.replace_(self)
 
     def named_groups(self) -> list[dict[str, Any]]:
         """Every parameter of backbone, heads and terms in a named group, with its learning rate and decay."""
@@ -389,6 +388,8 @@ class Task(LightningModule):
         """Store the attached terms by method name, and the domains as plain values."""
         checkpoint["terms"] = self.attachments.save()
         checkpoint["schedule"] = self.schedule.state_dict()
+        if self._reestimation.held:
+            checkpoint["training_statistics"] = dict(self._reestimation.held)
         checkpoint["domains"] = [
             {"name": d.name, "role": d.role, "kind": d.kind, "labels": list(d.labels)} for d in self.domains
         ]
@@ -398,3 +399,4 @@ class Task(LightningModule):
         if self.trainer.state.fn == "fit":
             self.attachments.load(checkpoint.get("terms", {}))
             self.schedule.load_state_dict(checkpoint.get("schedule", {}))
+            self._reestimation.held = dict(checkpoint.get("training_statistics", {}))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from adaptation_cases import CASES, SWAD_CASE, WORLD, data_of, fit
-from tiny import flat
+from lightning.pytorch import Callback
+from tiny import TinyVision, flat
 from torch import nn
 
-from crossft.callbacks.adaptation import CORAL
+from crossft.callbacks.adaptation import CORAL, Tent
 from crossft.callbacks.freezing import DomainGap
 from crossft.callbacks.monitoring import Health
 from crossft.callbacks.monitoring.scores import SCORES, Scores
@@ -38,6 +39,25 @@ def gathered(rank: int) -> dict[str, torch.Tensor]:
     return found | {f"mean/{n}": p.grad.clone() for n, p in layer.named_parameters()}
 
 
+def adabn(root: Path) -> torch.Tensor:
+    """The statistics that a fit on the source ends with."""
+    torch.manual_seed(3)
+    net = TinyVision(batchnorm=True)
+    fit(data_of(root, False, eval_batch_size=8 // WORLD), {}, backbone=net, batchnorm="reestimated")
+    return net.middle[1].running_mean
+
+
+def tent(root: Path, *methods: Callback) -> torch.Tensor:
+    """Test loss on the target of a model with LayerNorm, whose scales follow each batch."""
+    torch.manual_seed(3)
+    net = TinyVision()
+    net.last = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Tanh())
+    data = data_of(root, False, eval_batch_size=4 // WORLD)
+    trainer, task = fit(data, {}, backbone=net, extra=methods)
+    trainer.test(task, data, verbose=False)
+    return trainer.callback_metrics["target/test/loss"]
+
+
 def main(root: Path, out: Path) -> None:
     results: dict[str, torch.Tensor] = {}
     for accumulation in (1, 4 // WORLD):
@@ -60,6 +80,7 @@ def main(root: Path, out: Path) -> None:
             results[f"scores/{key}"] = value.double()
     for sources in (False, True):
         results[f"none-{sources}/1"] = flat(fit(data_of(root, sources), {})[1])
+    results |= {"adabn": adabn(root), "tent": tent(root, Tent(lr=0.05)), "no tent": tent(root)}
     rank = int(os.environ.get("RANK", "0"))
     results |= {f"gather/{k}": v for k, v in gathered(rank).items()}
     torch.save(results, out / f"results-{WORLD}-{rank}.pt")

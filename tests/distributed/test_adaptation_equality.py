@@ -72,6 +72,19 @@ def test_scores_and_health_are_those_of_all_rows(results: Results) -> None:
         assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-4, abs=1e-5), key
 
 
+def test_tent_steps_on_the_rows_of_all_processes(results: Results) -> None:
+    one, two = results["1-0"], results["2-0"]
+    assert abs(one["tent"] - one["no tent"]) > 1e-4
+    assert torch.allclose(two["tent"], one["tent"], atol=1e-5)
+
+
+def test_statistics_of_the_target_are_those_of_all_processes(results: Results) -> None:
+    """Batches of 8 rows here, twice 4 there; where rows do not divide evenly the last batch weighs otherwise."""
+    one, two = results["1-0"]["adabn"], results["2-0"]["adabn"]
+    assert one.abs().max() > 0.2
+    assert (two - one).abs().max() < 0.02
+
+
 def test_the_gather_has_the_gradients_of_one_process(results: Results) -> None:
     one, two = results["1-0"], results["2-0"]
     keys = [k for k in one if k.startswith("gather/")]

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from crossft.backbones import batch_norms
 from crossft.callbacks.averaging.base import PublishedWeights
+from crossft.callbacks.monitoring import Checkpoints
 from crossft.callbacks.sharding import refuse_sharded
 from crossft.errors import ConfigError
 from crossft.tasks import Task
@@ -99,8 +101,8 @@ class SWAD(Callback):
         monitor: logged value to keep low. Default: the mean of ``NAME/val/loss`` over the source domains.
 
     Raises:
-        ConfigError: an argument out of range, BatchNorm statistics that train, another method that averages weights, a
-            sharded model, or a monitor that is not measured.
+        ConfigError: an argument out of range, BatchNorm statistics that move, another method that averages weights or
+            chooses a checkpoint or ends the fit, a sharded model, or a monitor that is not measured.
     """
 
     def __init__(
@@ -132,9 +134,19 @@ class SWAD(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in (c for c in callbacks if isinstance(c, PublishedWeights)):
             raise ConfigError(f"methods.{self.name} and methods.{other.name} both choose the weights; set one to null")
-        if pl_module.batchnorm in ("training", "per_domain") and batch_norms(pl_module.backbone):
+        for stopper in (c for c in callbacks if isinstance(c, EarlyStopping)):
             raise ConfigError(
-                f"methods.{self.name} averages weights, and BatchNorm statistics that train would not fit the average; "
+                f"methods.{self.name} ends its average by itself, and {type(stopper).__name__} would end the fit "
+                "before that; remove it from trainer.callbacks"
+            )
+        if any(getattr(c, "monitor", None) for c in callbacks if isinstance(c, Checkpoints)):
+            raise ConfigError(
+                f"methods.{self.name} chooses the weights by source validation, and select.metric a checkpoint before "
+                "they are averaged; set select.metric to null"
+            )
+        if pl_module.batchnorm != "frozen" and batch_norms(pl_module.backbone):
+            raise ConfigError(
+                f"methods.{self.name} averages weights, and BatchNorm statistics that move would not fit the average; "
                 "set model.batchnorm=frozen (the paper freezes them too)"
             )
 

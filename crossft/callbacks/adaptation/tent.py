@@ -31,6 +31,8 @@ class Tent(Callback):
     test inputs and no label. Every domain starts from the trained model, which is put back at the end. It acts in
     ``test`` alone: training and validation are as without it.
 
+    A batch of one row is normalized with the trained statistics.
+
     The paper adapts BatchNorm layers; LayerNorm and GroupNorm are adapted here too, whose statistics are of one row
     anyway. The result depends on the evaluation batch size, on the order of rows and, through the statistics of a
     batch, on the number of processes; gradients are averaged over processes.
@@ -100,7 +102,7 @@ class Tent(Callback):
             assert isinstance(backbone, nn.Module)
             self._stack.enter_context(without_statistics([backbone]))
             for layer in backbone.modules():
-                if isinstance(layer, _BatchNorm):
+                if isinstance(layer, _BatchNorm) and len(batch) > 1:  # one row may have no variance
                     self._stack.callback(layer.train, layer.training)
                     layer.train()
 

@@ -48,7 +48,8 @@ class PublishedWeights(Callback, ABC):
         """Refuse what cannot work.
 
         Raises:
-            ConfigError: another method publishes weights too, or the strategy shards them.
+            ConfigError: another method publishes weights too, BatchNorm statistics are computed for the weights that
+                train, or the strategy shards them.
         """
         if stage != "fit":
             return
@@ -56,6 +57,11 @@ class PublishedWeights(Callback, ABC):
         refuse_sharded(trainer, self.name)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [c for c in callbacks if isinstance(c, PublishedWeights) and c is not self]
+        if isinstance(pl_module, Task) and pl_module.batchnorm.startswith("reestimated"):
+            raise ConfigError(
+                f"methods.{self.name} publishes other weights than those that model.batchnorm={pl_module.batchnorm} "
+                "computes statistics for; use frozen, and `crossft average --reestimate` for blends"
+            )
         if others:
             raise ConfigError(
                 f"methods.{self.name} and methods.{others[0].name} both publish weights; switch one of them off"

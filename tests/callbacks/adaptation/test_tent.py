@@ -38,9 +38,9 @@ class Watch(Callback):
         self.inputs.setdefault(dataloader_idx, []).append(batch.inputs["pixel_values"].clone())
 
 
-def run(root: Path, tent: Tent | None, task: Classification | None = None):
+def run(root: Path, tent: Tent | None, task: Classification | None = None, size: int = 4):
     torch.manual_seed(0)
-    data = data_of(root, False, eval_batch_size=4)
+    data = data_of(root, False, eval_batch_size=size)
     task = task or Classification(Norms(), list(data.domains))
     watch = Watch()
     trainer = Trainer(
@@ -84,6 +84,15 @@ def test_it_is_the_published_loop_on_the_target_and_nothing_on_the_source(root: 
         (-(p * p.log()).sum(1).mean()).backward()
         adam.step()
     assert not torch.allclose(logits, plain.seen[1][-1], atol=1e-3)
+
+
+def test_a_last_batch_of_one_row_is_normalized_as_trained(root: Path) -> None:
+    rows = sum(len(p.rows("test")) for p in data_of(root, False).prepared if p.domain.name == "sketch")
+    _, watch = run(root, Tent(lr=1e-9), size=rows - 1)
+    _, plain = run(root, None, size=rows - 1)
+    assert [len(x) for x in watch.inputs[1]] == [rows - 1, 1]
+    assert not torch.allclose(watch.seen[1][0], plain.seen[1][0], atol=1e-3)
+    assert torch.allclose(watch.seen[1][1], plain.seen[1][1], atol=1e-5)
 
 
 def test_frozen_parameters_stay_frozen(root: Path) -> None:

@@ -133,8 +133,8 @@ def test_two_methods_that_choose_are_refused_in_either_order(root: Path) -> None
             run(root, "everything", *order)
 
 
-def test_reestimation_replaces_frozen_statistics_once_at_the_end(root: Path) -> None:
-    """AdaBN is asked for by name, so it is the one that writes buffers of frozen stages: after the last step."""
+def test_reestimation_replaces_frozen_statistics_but_for_training(root: Path) -> None:
+    """AdaBN is asked for by name, so it is the one that writes buffers of frozen stages: between the steps."""
     means: list[torch.Tensor] = []
     look = Break("step", lambda task, optimizer: means.append(task.backbone.middle[1].running_mean.clone()))
     net = TinyVision(batchnorm=True)
