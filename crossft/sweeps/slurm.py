@@ -23,7 +23,8 @@ from filelock import FileLock
 
 from crossft.errors import ConfigError, RunError
 from crossft.runs import write_atomic
-from crossft.sweeps.local import STOPPED, THREADS, judge, locked
+from crossft.sweeps.local import STOPPED, THREADS, judge
+from crossft.sweeps.locks import RunLock, locked
 from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.state import State, source_finished, state_of, tail
 
@@ -259,7 +260,7 @@ class Element:
             state, why = self._judge(code)
         finally:
             if lock is not None:
-                os.close(lock)
+                lock.release()
         if not state.ended:
             raise RunError(f"{self.run.name}: {state.value}: {why}")
         return state.value
@@ -289,7 +290,7 @@ def _leave_to_the_run(signum: int, frame: FrameType | None) -> None:
     """The run, which gets the same signal, knows what to do; a handler, not SIG_IGN, which it would inherit."""
 
 
-def _waited(path: Path) -> int:
+def _waited(path: Path) -> RunLock:
     until = time.monotonic() + _PATIENCE
     while (lock := locked(path)) is None:
         if time.monotonic() > until:

@@ -14,7 +14,7 @@ from sweeps.sweeping import PROGRAM, planned, starts, write_sweep
 from crossft.errors import ConfigError, RunError
 from crossft.runs import RunFolder
 from crossft.sweeps import slurm
-from crossft.sweeps.local import locked
+from crossft.sweeps.locks import locked
 from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.slurm import Element, Request, Submitted, submit, tasks
 from crossft.sweeps.state import State, state_of
