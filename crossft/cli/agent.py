@@ -13,7 +13,7 @@ from crossft.errors import ConfigError, RunError
 from crossft.runs import RunFolder
 from crossft.sweeps.agent import SEED, asked_arm, read_asked, registration
 from crossft.sweeps.file import SweepFile
-from crossft.sweeps.local import locked
+from crossft.sweeps.locks import RunLock, locked
 from crossft.sweeps.plan import make_plan, one_run
 from crossft.sweeps.search import make_search
 from crossft.sweeps.state import State, clear, state_of
@@ -57,15 +57,16 @@ def start(sweep: SweepFile, file: Path, allow: Sequence[str]) -> int:
     command, folder, lock = command_of(sweep, asked, allow)
     if not command:
         return _tell(folder)
-    os.set_inheritable(lock, True)  # until the run's process ends
+    for descriptor in (lock.run, lock.owner):
+        os.set_inheritable(descriptor, True)  # until the run's process ends
     print(f"$ crossft {' '.join(command)}", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "crossft.cli", *command])
 
 
 def command_of(
     sweep: SweepFile, asked: dict[str, Any], allow: Sequence[str] = (), program: Sequence[str] | None = None
-) -> tuple[list[str], RunFolder, int]:
-    """The arguments after ``crossft`` for what the agent asks, the run folder, and the descriptor of the run's lock.
+) -> tuple[list[str], RunFolder, RunLock]:
+    """The arguments after ``crossft`` for what the agent asks, the run folder, and the run's lock.
 
     The arguments are empty where the run is finished.
     """

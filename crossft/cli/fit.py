@@ -14,9 +14,9 @@ from crossft.cli.legs import Chain
 from crossft.cli.parser import Settings
 from crossft.cli.safety import take_allowed
 from crossft.cli.sequence import Sequence
-from crossft.cli.slurm import requeue
 from crossft.errors import ConfigError, Interrupted, RunError
 from crossft.runs import RunFolder
+from crossft.sweeps.slurm import requeue
 
 __all__ = ["run"]
 

@@ -1,9 +1,8 @@
-"""A command inside a SLURM job: its processes, its requeue, and whether it was started again."""
+"""A command inside a SLURM job: its processes, and whether it was started again."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -13,7 +12,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 from crossft.errors import ConfigError
 
-__all__ = ["environment", "refuse_strays", "requeue", "restarted"]
+__all__ = ["environment", "refuse_strays", "restarted"]
 
 
 def environment() -> ClusterEnvironment | None:
@@ -62,19 +61,3 @@ def restarted() -> bool:
     """Whether SLURM or torchrun has started the same command before."""
     counts = (os.environ.get(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return any((count or "0") != "0" for count in counts)
-
-
-def requeue(job: str) -> str:
-    """Put a SLURM job, of an array this process's element, back into the queue.
-
-    Returns:
-        What came of it, to be printed.
-    """
-    if "SLURM_ARRAY_JOB_ID" in os.environ:  # an element's own number may be that of the whole array
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-        wrong = (done.stderr or done.stdout).strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        wrong = str(error)
-    return f"SLURM job {job} is not requeued: {wrong}" if wrong else f"SLURM job {job} is requeued"

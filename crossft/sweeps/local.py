@@ -2,13 +2,12 @@
 
 What is done is read from the run folders. A run is started under a lock that its process inherits and that the system
 releases when the last of them is gone: so a sweep that was killed, and started again while its runs still train, waits
-for them instead of starting them twice.
+for them instead of starting them twice. Such orphans count as runs of its own; runs that another sweep, or an element
+of an array job, holds and waits for do not, so that several share the work.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shlex
 import signal
@@ -23,10 +22,11 @@ from types import FrameType
 from typing import Protocol
 
 from crossft.errors import ConfigError, Interrupted, RunError
+from crossft.sweeps.locks import RunLock, locked, orphaned
 from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.state import State, clear, reason, source_finished, state_of, tail
 
-__all__ = ["THREADS", "Local", "Outcome", "Supply", "Watcher", "cores", "judge", "locked"]
+__all__ = ["THREADS", "Local", "Outcome", "Supply", "Watcher", "cores", "judge"]
 
 STOPPED = 143
 """Exit code of a run that saved and stopped on a signal."""
@@ -79,8 +79,17 @@ class Supply(Protocol):
 class _Active:
     run: Run
     process: subprocess.Popen[bytes]
-    lock: int
+    lock: RunLock
     began: float
+
+
+@dataclass
+class _Elsewhere:
+    """A run that another process holds; an orphan is one whose owner is gone."""
+
+    run: Run
+    orphan: bool
+    since: float
 
 
 class Local:
@@ -117,7 +126,7 @@ class Local:
         self.program = [*(program or [sys.executable, "-m", "crossft.cli"])]
         self._waiting = list(plan.runs)
         self._active: dict[int, _Active] = {}
-        self._elsewhere: dict[Path, tuple[Run, float]] = {}
+        self._elsewhere: dict[Path, _Elsewhere] = {}
         self._ready: set[str] = set()
         self._outcomes: dict[Path, Outcome] = {}
         self._stopped = 0
@@ -153,12 +162,12 @@ class Local:
     # -- which run is next --------------------------------------------------------------------------------------
 
     def _fill(self, watcher: Watcher) -> None:
-        """Start runs in the free slots; a run that another process has counts as one."""
-        for run, since in list(self._elsewhere.values()):
-            if time.monotonic() - since >= _POLL_ELSEWHERE:
-                del self._elsewhere[run.folder.path]
-                self._try(run, watcher)
-        while len(self._active) + len(self._elsewhere) < self.slots and not self._stopped:
+        """Start runs in the free slots; look again at those that another process had a while ago."""
+        for held in list(self._elsewhere.values()):
+            if time.monotonic() - held.since >= _POLL_ELSEWHERE:
+                del self._elsewhere[held.run.folder.path]
+                self._try(held.run, watcher)
+        while self._taken() < self.slots and not self._stopped:
             chosen = self._next() or self._supplied()
             if chosen is None:
                 return
@@ -166,9 +175,13 @@ class Local:
                 self._waiting.remove(chosen)
             self._try(chosen, watcher)
 
+    def _taken(self) -> int:
+        """Number of slots in use: by runs of this sweep, and by orphans, which load the machine as they do."""
+        return len(self._active) + sum(held.orphan for held in self._elsewhere.values())
+
     def _next(self) -> Run | None:
         """One run for each source leg first, then those whose source is there; none that would wait for a source."""
-        busy = [active.run for active in self._active.values()] + [run for run, _ in self._elsewhere.values()]
+        busy = [active.run for active in self._active.values()] + [held.run for held in self._elsewhere.values()]
         for run in busy:
             if run.source is not None and run.source not in self._ready and source_finished(run.folder):
                 self._ready.add(run.source)
@@ -184,16 +197,21 @@ class Local:
     # -- one run ------------------------------------------------------------------------------------------------
 
     def _try(self, run: Run, watcher: Watcher) -> None:
-        """Start a run under its lock, unless another process has it or nothing is left to do."""
-        lock = locked(run.log.with_suffix(".lock"))
+        """Start a run under its lock, unless another process has it, nothing is left to do, or no slot is free."""
+        file = run.log.with_suffix(".lock")
+        lock = locked(file)
         if lock is None:
-            self._elsewhere[run.folder.path] = (run, time.monotonic())
+            self._elsewhere[run.folder.path] = _Elsewhere(run, orphaned(file), time.monotonic())
             return
         state = state_of(run.folder)
         if state.ended or (state is State.FAILED and not self.retry):
-            os.close(lock)
+            lock.release()
             why = "" if state is State.FINISHED else reason(run.folder, run.log)
             self._end(Outcome(run, state, why), None, watcher)
+            return
+        if self._taken() >= self.slots or self._stopped:
+            lock.release()
+            self._waiting.append(run)
             return
         slot = next(n for n in range(self.slots + 1) if n not in self._active)
         try:
@@ -202,13 +220,13 @@ class Local:
         except (RunError, OSError) as error:
             with suppress(RunError, OSError):
                 _record(run, "failed", str(error))
-            os.close(lock)
+            lock.release()
             self._end(Outcome(run, State.FAILED, str(error)), None, watcher)
             return
         self._active[slot] = _Active(run, process, lock, time.monotonic())
         watcher.started(run, slot, not fresh)
 
-    def _spawn(self, run: Run, slot: int, fresh: bool, lock: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, run: Run, slot: int, fresh: bool, lock: RunLock) -> subprocess.Popen[bytes]:
         words = ["fit", *run.flags] if fresh else ["resume", str(run.folder.path), *run.allow]
         environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads)), "PYTHONUNBUFFERED": "1"}
         if self.gpus:
@@ -223,7 +241,7 @@ class Local:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                pass_fds=[lock],
+                pass_fds=[lock.run],
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which stops its runs in order
             )
 
@@ -239,7 +257,7 @@ class Local:
                 state, why = judge(active.run, code)
             except (RunError, OSError) as error:  # a full disk, say: the other runs go on
                 state, why = State.FAILED, str(error)
-            os.close(active.lock)
+            active.lock.release()
             self._end(Outcome(active.run, state, why, time.monotonic() - active.began), slot, watcher)
 
     def _end(self, outcome: Outcome, slot: int | None, watcher: Watcher) -> None:
@@ -311,25 +329,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def locked(path: Path, wait: bool = False) -> int | None:
-    """Take the lock of a run, and return its descriptor; None where another process has it and ``wait`` is false.
-
-    Raises:
-        RunError: the file system has no locks.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise RunError(
-            f"{path}: the file system refuses locks ({error}); put run.root on one that has flock"
-        ) from error
-    return descriptor
 
 
 def cores() -> int:

@@ -76,11 +76,14 @@ class SearchPlan:
 
     def study(self, space: Space) -> TrialStudy:
         """The study of one arm; made where it is missing."""
+        sweep, name = self.sweep, self._study_name(space)
+        return TrialStudy(self.file, name, higher_is_better(str(sweep.metric)), sweep.run_cap, sweep.early_terminate)
+
+    def _study_name(self, space: Space) -> str:
         sweep = self.sweep
         early = None if sweep.early_terminate is None else asdict(sweep.early_terminate)
         parts = [repr(p) for p in space.parameters], space.hashes, sweep.seeds, sweep.metric, early
-        name = f"{space.arm}-{config_hash({'study': json.loads(json.dumps(parts))})[:8]}"
-        return TrialStudy(self.file, name, higher_is_better(str(sweep.metric)), sweep.run_cap, sweep.early_terminate)
+        return f"{space.arm}-{config_hash({'study': json.loads(json.dumps(parts))})[:8]}"
 
     def values(self, space: Space, trial: Any) -> dict[str, Any]:
         """Draw a trial's parameters, those that apply; or read them where they were drawn before."""
@@ -94,12 +97,18 @@ class SearchPlan:
         """The values of a trial that was drawn."""
         return self.values(space, _Drawn(frozen.params))
 
-    def runs(self, space: Space, values: Mapping[str, Any], study: str = "", number: int = 0) -> list[Run]:
-        """The runs of one trial: its seeds, over all places. The first reports to the study while it trains."""
+    def runs(self, space: Space, values: Mapping[str, Any], number: int = 0) -> list[Run]:
+        """The runs of one trial: its seeds, over all places. The first reports to the study while it trains.
+
+        A run measures the metric, so studies share runs only by the same one; and none where trials end early, as a run
+        that is worse than the others of one study says nothing in another.
+        """
+        study = self._study_name(space)
+        owner = {"metric": self.sweep.metric} if self.sweep.early_terminate is None else {"study": study}
         arms = placed([arm_of(self.sweep, space.arm, space.overrides, {**values, **p}) for p in space.places])
         found: list[Run] = []
         for index, seed in itertools.product(range(len(arms)), self.sweep.seeds):
-            digest = config_hash({"config": space.hashes[index], "values": dict(values)})
+            digest = config_hash({"config": space.hashes[index], "values": dict(values), **owner})
             folder = RunFolder(self.root / run_id(arms[index].name, seed, digest))
             source = space.sources[index]
             shared = None if source is None else f"{source['source']}-s{source_seed(source, seed)}"
@@ -296,7 +305,7 @@ class Search:
         return self._begin(space, study, study.ask()).next()
 
     def _begin(self, space: Space, study: TrialStudy, trial: Any) -> _Trial:
-        runs = self.plan.runs(space, self.plan.values(space, trial), study.name, trial.number)
+        runs = self.plan.runs(space, self.plan.values(space, trial), trial.number)
         begun = _Trial(study, trial.number, runs, self.plan.sweep.early_terminate is not None)
         self._open.append(begun)
         return begun

@@ -16,19 +16,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from filelock import FileLock
 
 from crossft.errors import ConfigError, RunError
 from crossft.runs import write_atomic
-from crossft.sweeps.local import STOPPED, THREADS, judge, locked
+from crossft.sweeps.local import STOPPED, THREADS, judge
+from crossft.sweeps.locks import RunLock, locked
 from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.state import State, source_finished, state_of, tail
 
-__all__ = ["Element", "Request", "Submitted", "submit", "tasks"]
+__all__ = ["Element", "Request", "Submitted", "requeue", "submit", "tasks"]
 
+_REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that schedulers send ahead of a time limit."""
 _PATIENCE, _POLL = 120.0, 1.0
 """Seconds that an element waits for the lock of a run, which a node that went down keeps for a while, and how often."""
 
@@ -219,7 +221,7 @@ class Element:
     """What one element of an array does: one run, or the source leg of one.
 
     SLURM sends its signals to every process. The run saves at its next step, asks for a requeue where its time is
-    over, and ends; the element waits for that.
+    over, and ends; the element waits for that. Where it still waits for the run's lock, it ends and asks itself.
 
     Attributes:
         run: the run.
@@ -245,35 +247,56 @@ class Element:
             What came of it.
 
         Raises:
-            RunError: the run did not finish, so that SLURM counts the element as failed.
+            RunError: the run did not finish, or a signal came while another process had it, so that SLURM counts the
+                element as failed.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
-            signal.signal(number, _leave_to_the_run)
+        received: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT, *_REQUEUE, signal.SIGCONT):
+            signal.signal(number, lambda signum, frame: received.append(signum))  # SIG_IGN is inherited by the run
         first = os.environ.get("SLURM_PROCID", "0") == "0"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        lock = _waited(self.log.with_suffix(".lock")) if first else None
+        lock = self._locked(received) if first else None
         try:
-            code = self._start(first)
+            code = self._start(lock)
             if not first:
                 return f"exit code {code}"
             state, why = self._judge(code)
         finally:
             if lock is not None:
-                os.close(lock)
+                lock.release()
         if not state.ended:
             raise RunError(f"{self.run.name}: {state.value}: {why}")
         return state.value
 
-    def _start(self, first: bool) -> int:
+    def _locked(self, received: Sequence[int]) -> RunLock:
+        """Take the run's lock; wait for it for a while, or until a signal comes."""
+        path, until = self.log.with_suffix(".lock"), time.monotonic() + _PATIENCE
+        while (lock := locked(path)) is None:
+            stops = [signal.Signals(number) for number in received if number != signal.SIGCONT]
+            if stops:
+                why = f"stopped by {stops[0].name} while another process has {path}"
+                raise RunError(f"{self.run.name}: {why}{_requeued(stops)}")
+            if time.monotonic() > until:
+                raise RunError(f"{path} is locked: another process runs this; it goes on there")
+            time.sleep(_POLL)
+        return lock
+
+    def _start(self, lock: RunLock | None) -> int:
+        """Run it to its end; the first process has the lock, which its run inherits."""
         words = ["fit", *self.run.flags, "--run.resume=true", *(["--run.only_source=true"] if self.source else [])]
         environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads)), "PYTHONUNBUFFERED": "1"}
-        if not first:
+        if lock is None:
             return subprocess.run([*self.program, *words], env=environment, check=False).returncode
         with self.log.open("ab") as log:
             log.write(f"$ crossft {shlex.join(words)}\n".encode())
             log.flush()
             done = subprocess.run(
-                [*self.program, *words], env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+                [*self.program, *words],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.run],
+                check=False,
             )
         return done.returncode
 
@@ -285,14 +308,25 @@ class Element:
         return State.FAILED, tail(self.log)
 
 
-def _leave_to_the_run(signum: int, frame: FrameType | None) -> None:
-    """The run, which gets the same signal, knows what to do; a handler, not SIG_IGN, which it would inherit."""
+def _requeued(stops: Sequence[signal.Signals]) -> str:
+    """Queue this element again where a signal asks for it, as its run would; in words, to be added to the others."""
+    if "SLURM_JOB_ID" not in os.environ or not set(stops) & set(_REQUEUE):
+        return ""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's answer to a requeue, which scontrol gets too
+    return f"; {requeue(os.environ['SLURM_JOB_ID'])}"
 
 
-def _waited(path: Path) -> int:
-    until = time.monotonic() + _PATIENCE
-    while (lock := locked(path)) is None:
-        if time.monotonic() > until:
-            raise RunError(f"{path} is locked: another process runs this; it goes on there")
-        time.sleep(_POLL)
-    return lock
+def requeue(job: str) -> str:
+    """Put a SLURM job, of an array this process's element, back into the queue.
+
+    Returns:
+        What came of it, to be printed.
+    """
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # an element's own number may be that of the whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+        wrong = (done.stderr or done.stdout).strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        wrong = str(error)
+    return f"SLURM job {job} is not requeued: {wrong}" if wrong else f"SLURM job {job} is requeued"

@@ -11,9 +11,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from crossft.cli.launch import Launch
 from crossft.cli.leg import build_trainer
 from crossft.cli.parser import Settings
-from crossft.cli.slurm import environment, requeue, restarted
+from crossft.cli.slurm import environment, restarted
 from crossft.errors import ConfigError
 from crossft.runs import RunFolder
+from crossft.sweeps.slurm import requeue
 
 STEP = {"SLURM_JOB_ID": "41", "SLURM_JOB_NAME": "x", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
 STEP |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "n1"}

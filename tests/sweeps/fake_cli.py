@@ -35,7 +35,7 @@ def main() -> int:
             if folder.summary()["status"] == "finished":
                 return 0
     with (folder.path.parent / "starts.txt").open("a") as file:
-        file.write(f"{command} {folder.path.name} {os.environ['OMP_NUM_THREADS']} {os.getpid()}\n")
+        file.write(f"{command} {folder.path.name} {os.environ['OMP_NUM_THREADS']} {os.getpid()} {os.getppid()}\n")
     if flags.get("fake.end") == "early":
         print("crossft: error: data.root=nowhere: there is no such folder", file=sys.stderr)
         return 2
@@ -65,6 +65,7 @@ def main() -> int:
         "source/test/accuracy": 0.9,
         "source/retention": 0.9,
     }
+    metrics.setdefault(flags.get("trial.metric", "target/val/accuracy"), accuracy)
     folder.write_summary(status="finished", seconds=2.0, metrics=metrics, primary={"target": "accuracy"})
     return 0
 

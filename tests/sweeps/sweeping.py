@@ -70,7 +70,7 @@ def search(file: Path, slots: int = 1, *flags: str, **options: Any) -> tuple[Sea
 
 
 def starts(plan: Plan | SearchPlan, word: str = "") -> list[str]:
-    """Lines of what was started, in order: command, folder, threads, process (for a source leg: leg, folder, time)."""
+    """Lines of what was started, in order: command, folder, threads, process, parent; or leg, folder, time."""
     file = plan.root / "starts.txt"
     lines = file.read_text().splitlines() if file.is_file() else []
     return [line for line in lines if line.startswith(word)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def test_agents_run_is_the_plans_run(tmp_path: Path) -> None:
     (run,) = [r for r in plan.runs if r.arm.name == "l2sp,lr=0.01" and r.seed == 1]
     for done in ("missing", "finished", "unfinished"):
         words, folder, lock = command_of(plan.sweep, asked, program=RESOLVE)
-        os.close(lock)
+        lock.release()
         assert folder.path == run.folder.path
         if done == "missing":
             assert words == ["fit", *run.flags]

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sweeps.sweeping import HERE, Notes, planned, starts, sweep, write_sweep
+from sweeps.sweeping import HERE, PROGRAM, Notes, planned, starts, sweep, write_sweep
 
 from crossft.errors import ConfigError, Interrupted
 from crossft.runs import RunFolder
 from crossft.sweeps.local import Local
-from crossft.sweeps.plan import Plan
+from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.state import State, state_of
 
 FOUR = {"arms": {"a": {"fake.gain": 0.1}, "b": {"fake.gain": 0.2}}, "seeds": 2}
@@ -33,6 +33,11 @@ def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < until, "it never happened"
         time.sleep(0.02)
+
+
+def parents(plan: Plan) -> Counter[int]:
+    """How many runs each sweep has started, by the sweep's process."""
+    return Counter(int(line.split()[4]) for line in starts(plan, "fit"))
 
 
 def states(plan: Plan) -> list[State]:
@@ -68,9 +73,19 @@ def test_killed_sweep_lets_its_runs_live_and_the_next_waits_for_them(tmp_path: P
     wait(lambda: len(starts(plan, "fit")) == 2)
     process.kill()
     process.wait()
-    outcomes, notes = sweep(plan)
+    beside: list[int] = []
+
+    class Counting(Notes):
+        def started(self, run: Run, slot: int, resumed: bool) -> None:
+            super().started(run, slot, resumed)
+            begun = {line.split()[1] for line in starts(plan, "fit")} - {run.folder.path.name}
+            beside.append(sum(r.folder.path.name in begun and not state_of(r.folder).ended for r in plan.runs))
+
+    notes = Counting()
+    outcomes = Local(plan, 2, program=PROGRAM).run(notes)
     assert [o.state for o in outcomes] == [State.FINISHED] * 4
     assert len(notes.begun) == 2, "the runs of the killed sweep were started again"
+    assert max(beside) <= 1, "more than 2 runs at a time, with those that outlived their sweep"
     assert Counter(line.split()[0] for line in starts(plan)) == {"fit": 4, "leg": 1}
 
 
@@ -92,13 +107,49 @@ def test_runs_killed_with_the_sweep_are_resumed(tmp_path: Path) -> None:
 
 
 def test_two_sweeps_of_one_file_share_the_work(tmp_path: Path) -> None:
-    file = write_sweep(tmp_path, **FOUR)
-    others = [begin(file, 2, "--fake.seconds=0.3") for _ in range(2)]
+    file = write_sweep(tmp_path, **{**FOUR, "seeds": 4})
+    others = [begin(file, 1, "--fake.seconds=0.8") for _ in range(2)]
     assert [process.wait(60) for process in others] == [0, 0]
-    plan = planned(file, "--fake.seconds=0.3")
-    assert states(plan) == [State.FINISHED] * 4
-    assert len(starts(plan, "fit")) == 4
+    plan = planned(file, "--fake.seconds=0.8")
+    assert states(plan) == [State.FINISHED] * 8
+    assert len(starts(plan, "fit")) == 8
     assert not starts(plan, "resume")
+    assert min(parents(plan)[process.pid] for process in others) >= 2, "one of them did nearly all"
+
+
+def test_run_of_a_living_sweep_takes_no_slot_and_is_taken_up_where_it_is_given_up(tmp_path: Path) -> None:
+    arms = {"slow": {"fake.seconds": 60, "fake.once": 1}, "b": {"fake.gain": 0.1}, "c": {"fake.gain": 0.2}}
+    file = write_sweep(tmp_path, arms=arms)
+    plan = planned(file)
+    log = plan.runs[0].log
+    first = begin(file, 1)
+    wait(lambda: log.is_file() and "epoch" in log.read_text())
+    second = begin(file, 1)
+    wait(lambda: states(plan) == [State.UNFINISHED, State.FINISHED, State.FINISHED])
+    assert parents(plan) == {first.pid: 1, second.pid: 2}
+    assert first.poll() is second.poll() is None, "the second waits for what the first still runs"
+    assert not starts(plan, "resume")
+    first.terminate()
+    assert first.wait(30) != 0
+    assert second.wait(30) == 0
+    assert states(plan) == [State.FINISHED] * 3
+    assert [line.split()[4] for line in starts(plan, "resume")] == [str(second.pid)]
+
+
+def test_run_given_up_elsewhere_waits_for_a_free_slot(tmp_path: Path) -> None:
+    slow = {"fake.seconds": 60, "fake.once": 1}
+    file = write_sweep(tmp_path, arms={"a": slow, "b": {"fake.seconds": 4}})
+    plan = planned(file)
+    first = begin(file, 1)
+    wait(lambda: plan.runs[0].log.is_file() and "epoch" in plan.runs[0].log.read_text())
+    second = begin(file, 1)
+    wait(lambda: plan.runs[1].log.is_file() and "epoch" in plan.runs[1].log.read_text())
+    first.terminate()
+    assert first.wait(30) != 0
+    wait(lambda: bool(starts(plan, "resume")))
+    assert states(plan)[1] is State.FINISHED, "two runs in one slot"
+    assert second.wait(30) == 0
+    assert states(plan) == [State.FINISHED] * 2
 
 
 def test_sigterm_lets_the_runs_save_and_stop(tmp_path: Path) -> None:

@@ -137,6 +137,24 @@ def test_hyperband_ends_trials_early_and_leaves_their_other_seeds_out(
     assert "| 0, 1 pruned |" in (plan.root / "comparison.md").read_text()
 
 
+def test_a_study_takes_no_run_that_another_one_ended_early_or_that_lacks_its_metric(tmp_path: Path) -> None:
+    early = {"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 2}}
+    values = {"fake.x": {"values": [0.3, 0.9, 1.2]}}
+    first, _ = search(write_sweep(tmp_path, **BAYES, **early, parameters=values))
+    assert "PRUNED" in {t.state.name for t in trials(first)}
+    wider = {"fake.x": {"values": [0.3, 0.9, 1.2, 2.0]}}
+    other_metric = {**BAYES, "metric": {"name": "target/val/f1"}}
+    for keys, given in (({**BAYES, **early}, wider), (BAYES, values), (other_metric, values)):
+        plan, notes = search(write_sweep(tmp_path, **keys, parameters=given))
+        told = trials(plan)
+        assert len(notes.begun) == len({t.params["fake.x"] for t in told})
+        if "early_terminate" not in keys:
+            assert [(t.state.name, t.user_attrs) for t in told] == [("COMPLETE", {})] * 6
+    plan, notes = search(write_sweep(tmp_path, **BAYES, seeds=2, parameters=values))
+    tried = len({t.params["fake.x"] for t in trials(plan)})
+    assert tried <= len(notes.begun) < 2 * tried, "runs by the same metric that came to their end are shared"
+
+
 @pytest.mark.parametrize(
     ("early", "ends"),
     [

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sweeps.sweeping import PROGRAM, planned, starts, write_sweep
+from sweeps.test_local import wait
 
 from crossft.errors import ConfigError, RunError
 from crossft.runs import RunFolder
 from crossft.sweeps import slurm
-from crossft.sweeps.local import locked
+from crossft.sweeps.locks import locked, orphaned
 from crossft.sweeps.plan import Plan, Run
 from crossft.sweeps.slurm import Element, Request, Submitted, submit, tasks
 from crossft.sweeps.state import State, state_of
@@ -115,6 +120,49 @@ def test_a_run_that_another_process_has_is_left_to_it(tmp_path: Path, monkeypatc
     with pytest.raises(RunError, match="another process runs this"):
         Element(run, 1, tuple(PROGRAM))()
     assert not starts(plan)
+
+
+@pytest.mark.parametrize(
+    ("word", "asked"), [("USR1", "requeue 7_3\n"), ("USR2", "requeue 7_3\n"), ("TERM", ""), ("INT", "")]
+)
+def test_signal_ends_the_wait_for_a_lock_and_asks_for_a_requeue_as_the_run_would(
+    word: str, asked: str, tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (queue / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {queue}/asked\n")
+    (queue / "scontrol").chmod(0o755)
+    (queue / "asked").write_text("")
+    for name, value in (("JOB_ID", "9"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(slurm, "_PATIENCE", 20.0)
+    (run,) = planned(write_sweep(tmp_path)).runs
+    run.log.parent.mkdir(parents=True)
+    assert locked(run.log.with_suffix(".lock")) is not None
+    kills = f"sleep 0.5; kill -CONT {os.getpid()}; sleep 1.5; kill -{word} {os.getpid()}"
+    sender = subprocess.Popen(["sh", "-c", kills])
+    began = time.monotonic()
+    with pytest.raises(RunError, match=f"base s0: stopped by SIG{word} while another process has") as stop:
+        Element(run, 1, tuple(PROGRAM))()
+    assert time.monotonic() - began >= 2, "SIGCONT ended it"
+    assert sender.wait() == 0
+    assert (queue / "asked").read_text() == asked
+    assert ("SLURM job 7_3 is requeued" in str(stop.value)) == bool(asked)
+
+
+def test_run_of_a_killed_element_keeps_the_lock(tmp_path: Path) -> None:
+    plan = planned(write_sweep(tmp_path, arms={"a": {"fake.seconds": 60, "fake.once": 1}}))
+    (run,) = plan.runs
+    element = multiprocessing.get_context("spawn").Process(target=Element(run, 1, tuple(PROGRAM)))
+    element.start()
+    wait(lambda: run.log.is_file() and "epoch" in run.log.read_text())
+    lock = run.log.with_suffix(".lock")
+    assert locked(lock) is None
+    assert not orphaned(lock)
+    element.kill()
+    element.join()
+    assert locked(lock) is None, "a second process would write into the run's folder"
+    assert orphaned(lock)
+    os.kill(int(starts(plan)[0].split()[3]), signal.SIGKILL)
+    wait(lambda: locked(lock) is not None)
 
 
 def test_requests_reach_sbatch(tmp_path: Path, queue: Path) -> None:
