@@ -15,11 +15,15 @@ import pandas as pd
 
 from crossft.reports.records import leaves, read_records
 from crossft.reports.stats import compare_paired, interval
+from crossft.runs import RunFolder
+from crossft.runs.files import read_json
 
 HERE = Path(__file__).resolve().parent
 SELECTED, ORACLE, REGRET = "target/test/accuracy", "oracle/target/test/accuracy", "oracle/target/regret"
 NAMES = {SELECTED: "selected", ORACLE: "oracle", REGRET: "regret", "source/test/accuracy": "source accuracy"}
 BASELINES = {"baseline/tfidf/target/test/accuracy": "TF-IDF", "baseline/frozen/target/test/accuracy": "frozen features"}
+SCORES = [f"target/val/{n}" for n in ("infomax", "entropy", "snd", "bnm", "dev", "iwcv", "reverse")]
+SCORES += ["source/val/accuracy", "source/val/loss"]
 FIRST = ("source-only", "erm", "target-supervised")
 
 
@@ -29,7 +33,11 @@ def results(paths: list[str]) -> pd.DataFrame:
     for _, run in runs[runs["status"] != "finished"].iterrows():
         print(f"left out: {run['run']} is {run['status']}", file=sys.stderr)
     runs = runs[runs["status"] == "finished"].copy()
-    others = {c: f"regret by {c.removeprefix(REGRET + '/')}" for c in runs.columns if c.startswith(REGRET + "/")}
+    same_rows(runs)
+    for metric in runs["selected_by"].dropna().unique():  # summaries hold the regret of all metrics but that one
+        chosen = runs["selected_by"] == metric
+        runs.loc[chosen, f"{REGRET}/{metric}"] = runs.loc[chosen, REGRET]
+    others = {f"{REGRET}/{name}": f"regret by {name}" for name in SCORES}
     shown = {c: name for c, name in {**NAMES, **BASELINES, **others}.items() if c in runs.columns}
     runs["experiment"] = runs["experiment"].str.removeprefix("adaptation-")
     rows = runs.rename(columns=shown)[["experiment", "arm", "seed", "source", "target", *shown.values(), "seconds"]]
@@ -47,17 +55,29 @@ def table(rows: pd.DataFrame) -> str:
         less = f"{100 * versus.difference.mean:+.1f} ± {100 * versus.difference.half:.1f}" if versus else ""
         cells = [_percent(list(some[c])) for c in ("selected", "oracle", "regret")]
         lines.append("| " + " | ".join([arm, str(len(some)), cells[0], less, *cells[1:]]) + " |")
-    for name in (n for n in BASELINES.values() if n in rows and rows[n].notna().any()):
-        lines.append(f"| {name} + logistic regression | | {_percent(list(rows[name].drop_duplicates()))} | | | |")
+    for arm, labels in ((arms[0], "source"), ("target-supervised", "target")):
+        for name in (n for n in BASELINES.values() if n in rows):
+            found = rows.loc[rows["arm"] == arm, name].dropna().unique()  # the same split for every seed: one value
+            lines += [f"| {name} + logistic regression, {labels} labels | | {100 * v:.1f} | | | |" for v in found]
     return "\n".join(lines)
 
 
+def same_rows(runs: pd.DataFrame) -> None:
+    """Refuse runs of one pair that were tested on different rows of the target."""
+    for pair, some in runs.groupby(["experiment", "source", "target"]):
+        splits = [read_json(RunFolder(path).splits) for path in some["path"]]
+        if len({tuple(sorted(s[name]["test"])) for s in splits for name in str(pair[2]).split("+")}) > 1:
+            raise SystemExit(f"{' '.join(map(str, pair))}: not all runs were tested on the same rows")
+
+
 def selectors(rows: pd.DataFrame) -> str:
-    """Markdown: mean regret of every score over all runs of a method, so over pairs, methods and seeds."""
-    adapted = rows[~rows["arm"].isin(FIRST)]
-    columns = [c for c in rows.columns if c == "regret" or c.startswith("regret by ")]
-    found = sorted((adapted[c].mean(), c) for c in columns if adapted[c].notna().any())
-    return "\n".join(["| chosen by | mean regret |", "|---|---|", *(f"| {c} | {100 * m:.1f} |" for m, c in found)])
+    """Markdown: mean regret of every score over the same runs, of methods on one unlabeled target."""
+    adapted = rows[~rows["arm"].isin(FIRST) & (rows["experiment"] != "generalize")]
+    columns = [c for c in rows.columns if c.startswith("regret by ")]
+    adapted = adapted.dropna(subset=columns)
+    found = sorted((adapted[c].mean(), c.removeprefix("regret by ")) for c in columns)
+    heads = [f"| chosen by | mean regret over {len(adapted)} runs |", "|---|---|"]
+    return "\n".join([*heads, *(f"| {name} | {100 * mean:.1f} |" for mean, name in found)])
 
 
 def _percent(values: list[float]) -> str:

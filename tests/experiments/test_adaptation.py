@@ -9,8 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+from reports.folders import write_run
 
 from crossft.cli.resolve import resolve
+from crossft.runs import write_json
 from crossft.sweeps.arms import arguments, expand
 from crossft.sweeps.file import read_sweep
 
@@ -20,13 +22,17 @@ PAIR = ["--data.root=.", "--data.source=a", "--data.target=b"]
 GRIDS = {"full/text.yaml": 20, "full/pacs.yaml": 12, "full/office.yaml": 12}
 
 
-@pytest.fixture(scope="module")
-def digits() -> ModuleType:
-    pytest.importorskip("h5py")
-    spec = importlib.util.spec_from_file_location("make_digits", FOLDER / "make_digits.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    pytest.importorskip("h5py")
+    return script("make_digits")
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(FOLDER)))
@@ -45,6 +51,35 @@ def test_every_arm_is_a_config(path: Path) -> None:
     assert len(seen) == len({a.name for a in arms}) > 2
     assert f"crossft sweep run experiments/adaptation/{name} " in path.read_text()
     assert "NOT RUN" in path.read_text() or not name.startswith("full/")
+
+
+def test_tables_keep_apart_what_has_learned_from_other_labels(tmp_path: Path) -> None:
+    collect = script("collect")
+    frozen, tfidf = ("baseline/frozen/target/test/accuracy", "baseline/tfidf/target/test/accuracy")
+    for arm, accuracy, baseline in (("source-only", 0.5, 0.6), ("target-supervised", 0.9, 0.8), ("dann", 0.55, 0.6)):
+        for seed in range(3):
+            metrics = {"target/test/accuracy": accuracy + seed / 100, tfidf: baseline, "oracle/target/regret": 0.01}
+            metrics |= {f"oracle/target/regret/{name}": 0.02 for name in collect.SCORES[1:]}
+            metrics |= {"oracle/target/test/accuracy": accuracy + 0.1, frozen: baseline - 0.1}
+            selected = "target/val/accuracy" if arm == "target-supervised" else "target/val/infomax"
+            run = write_run(tmp_path / "adaptation-x", arm, seed, metrics=metrics, selected_by=selected)
+            write_json(run.splits, {"photo": {"test": [seed]}, "sketch": {"test": [1, 2]}})
+    rows = collect.results([str(tmp_path)])
+    lines = collect.table(rows).splitlines()
+    assert lines[2].startswith("| source-only | 3 | 51.0 ± 2.5 |")
+    assert lines[4].startswith("| dann | 3 | 56.0 ± 2.5 | +5.0 ± 0.0 |")
+    assert lines[5:] == [
+        "| TF-IDF + logistic regression, source labels | | 60.0 | | | |",
+        "| frozen features + logistic regression, source labels | | 50.0 | | | |",
+        "| TF-IDF + logistic regression, target labels | | 80.0 | | | |",
+        "| frozen features + logistic regression, target labels | | 70.0 | | | |",
+    ]
+    scores = collect.selectors(rows).splitlines()
+    assert scores[0] == "| chosen by | mean regret over 3 runs |"
+    assert scores[2:4] == ["| target/val/infomax | 1.0 |", "| source/val/accuracy | 2.0 |"]
+    write_json(run.splits, {"photo": {"test": [0]}, "sketch": {"test": [1, 3]}})
+    with pytest.raises(SystemExit, match="not all runs were tested on the same rows"):
+        collect.results([str(tmp_path)])
 
 
 def test_a_blend_is_the_difference_to_a_patch(digits: ModuleType) -> None:
