@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, ClassVar, Literal
@@ -366,7 +367,13 @@ class Task(LightningModule):
                     "clipping have seen them scaled; set fused: false, or trainer.precision to bf16-mixed"
                 )
             optimizer = torch.optim.AdamW(groups, lr=3e-4)
-        total = self._total_steps = int(self.trainer.estimated_stepping_batches)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ConfigError(
+                "trainer.max_epochs=-1 with max_steps=-1 never ends, and schedules need an end; set one of them to "
+                "1 or more"
+            )
+        total = self._total_steps = int(total)
         if type(self.schedule) is Constant and not self.schedule.warmup:
             return optimizer
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))

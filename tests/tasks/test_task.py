@@ -244,6 +244,14 @@ def test_bad_settings_are_named(make, message: str) -> None:
         make()
 
 
+def test_a_fit_without_an_end_is_refused() -> None:
+    task = Classification(TinyVision(), SAME)
+    endless = SimpleNamespace(precision_plugin=None, estimated_stepping_batches=float("inf"))
+    task.trainer = endless
+    with pytest.raises(ConfigError, match="never ends, and schedules need an end"):
+        task.configure_optimizers()
+
+
 def test_display_names_are_roles_where_one_domain_has_it() -> None:
     several = [Domain("a", "source"), Domain("b", "source"), Domain("c", "target"), Domain("d", "eval")]
     assert display_names(several) == {"a": "a", "b": "b", "c": "target", "d": "d"}

@@ -31,5 +31,5 @@ def labeled_rows(step: StepOutput, groups: Ids, *values: Tensor) -> list[tuple[T
 
 
 def early_factor(weight: float, anneal: float, progress: float) -> float:
-    """Factor on a penalty that has weight 1 over the first ``anneal`` of training, and its own weight after."""
+    """Factor on a penalty whose weight, where above 1, is 1 over the first ``anneal`` of training."""
     return 1.0 / weight if progress < anneal and weight > 1 else 1.0
