@@ -64,9 +64,8 @@ class DomainData(pl.LightningDataModule):
         eval_batch_size: rows of an evaluation batch. Default: twice ``batch_size``.
         sampler: ``class`` draws the classes of a domain evenly, ``domain`` gives every domain an equal share.
         epoch: which domain's pass makes an epoch: the one that needs ``longest`` or ``shortest``, or a name.
-        split: ``given``, ``stratified``, ``random`` (the draw that an unlabeled domain gets under ``stratified``) or
-            ``group``; ``auto`` takes the first that the data offers (given, then group where ``group`` is set, then
-            stratified).
+        split: ``given``, ``stratified``, ``random`` (as unlabeled domains under ``stratified``) or ``group``; ``auto``
+            takes the first that the data offers (given, then group where ``group`` is set, then stratified).
         splits: shares of train, validation and test where they are not given; they add up to 1.
         group: column whose equal values stay in one split.
         split_seed: seed of splits, shots and fractions. Not the run's seed.

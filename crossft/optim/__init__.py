@@ -13,6 +13,7 @@ from crossft.optim.schedules import (
     Schedule,
     SlantedTriangular,
     WarmedUp,
+    finite_steps,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Schedule",
     "SlantedTriangular",
     "WarmedUp",
+    "finite_steps",
     "parameter_groups",
     "reset_moments_",
     "set_rates_",

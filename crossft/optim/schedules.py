@@ -13,7 +13,31 @@ from typing import Any
 
 from crossft.errors import ConfigError
 
-__all__ = ["Constant", "Cosine", "InverseSqrt", "Linear", "OneCycle", "Schedule", "SlantedTriangular", "WarmedUp"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "InverseSqrt",
+    "Linear",
+    "OneCycle",
+    "Schedule",
+    "SlantedTriangular",
+    "WarmedUp",
+    "finite_steps",
+]
+
+
+def finite_steps(steps: float) -> int:
+    """The optimizer steps of a fit, which every schedule is a function of.
+
+    Raises:
+        ConfigError: ``steps`` is infinite.
+    """
+    if math.isinf(steps):
+        raise ConfigError(
+            "trainer.max_epochs=-1 with max_steps=-1 never ends, and schedules need an end; set one of them to 1 or "
+            "more"
+        )
+    return int(steps)
 
 
 class Schedule(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, ClassVar, Literal
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from crossft.backbones import Backbone
 from crossft.backbones.batchnorm import BatchNormPolicy, apply_batchnorm_policy, set_domains
 from crossft.errors import ConfigError, TrainingError
-from crossft.optim import Constant, Schedule, parameter_groups
+from crossft.optim import Constant, Schedule, finite_steps, parameter_groups
 from crossft.tasks.attachments import Attachments
 from crossft.tasks.evaluation import Evaluation
 from crossft.tasks.prefix import Prefix
@@ -327,8 +326,7 @@ class Task(LightningModule):
 
     def on_validation_start(self) -> None:
         """Policy ``reestimated``: the model that is validated, and may be chosen, has the statistics it ends with."""
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._reestimation.replace_(self)
+        self._reestimation.replace_(self)
 
     def on_validation_end(self) -> None:
         """Modes and weights come back from evaluation."""
@@ -367,13 +365,7 @@ class Task(LightningModule):
                     "clipping have seen them scaled; set fused: false, or trainer.precision to bf16-mixed"
                 )
             optimizer = torch.optim.AdamW(groups, lr=3e-4)
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ConfigError(
-                "trainer.max_epochs=-1 with max_steps=-1 never ends, and schedules need an end; set one of them to "
-                "1 or more"
-            )
-        total = self._total_steps = int(total)
+        total = self._total_steps = finite_steps(self.trainer.estimated_stepping_batches)
         if type(self.schedule) is Constant and not self.schedule.warmup:
             return optimizer
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))
@@ -395,8 +387,7 @@ class Task(LightningModule):
         """Store the attached terms by method name, and the domains as plain values."""
         checkpoint["terms"] = self.attachments.save()
         checkpoint["schedule"] = self.schedule.state_dict()
-        if self._reestimation.held:
-            checkpoint["training_statistics"] = dict(self._reestimation.held)
+        self._reestimation.save(checkpoint)
         checkpoint["domains"] = [
             {"name": d.name, "role": d.role, "kind": d.kind, "labels": list(d.labels)} for d in self.domains
         ]
@@ -406,4 +397,4 @@ class Task(LightningModule):
         if self.trainer.state.fn == "fit":
             self.attachments.load(checkpoint.get("terms", {}))
             self.schedule.load_state_dict(checkpoint.get("schedule", {}))
-            self._reestimation.held = dict(checkpoint.get("training_statistics", {}))
+            self._reestimation.load(checkpoint)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from crossft.tasks.base import Task
 
 __all__ = ["Reestimation"]
+
+_KEY = "training_statistics"
 
 
 class Reestimation:
@@ -48,8 +50,9 @@ class Reestimation:
             training_rows(self._data(task), self.role)
 
     def replace_(self, task: Task) -> None:
-        """Compute all statistics anew, by Li et al. 2016, algorithm 1, unless that is so since the last step."""
-        if self.role is None or self.held:
+        """Compute all statistics anew (Li et al. 2016, algorithm 1) within a fit, once after each optimizer step."""
+        trainer = task.trainer
+        if self.role is None or self.held or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         with torch.inference_mode(False), torch.no_grad():
             state = task.backbone.state_dict()
@@ -65,6 +68,15 @@ class Reestimation:
             for name, kept in self.held.items():
                 state[name].copy_(kept)
             self.held = {}
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the statistics that train beside those that stand in for them."""
+        if self.held:
+            checkpoint[_KEY] = dict(self.held)
+
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Train on with those that train."""
+        self.held = dict(checkpoint.get(_KEY, {}))
 
     def _inputs(self, task: Task, role: Role) -> Iterator[dict[str, Tensor]]:
         """Training inputs as evaluation sees them; a batch of one row, which may have no variance, is left out."""
