@@ -26,9 +26,9 @@ __all__ = [
 
 BatchNormPolicy = Literal["frozen", "training", "per_domain", "reestimated", "reestimated_source"]
 """``frozen``: running statistics, never moved. ``training``: batch statistics, running ones follow (torch's default).
-``per_domain``: one set of running statistics a domain. ``reestimated``: fixed while training; whatever is evaluated and
-saved has statistics computed anew by ``reestimate_`` from the targets' training inputs, in frozen stages too.
-``reestimated_source``: likewise, from the sources'."""
+``per_domain``: one set of running statistics a domain. ``reestimated``: trains as ``training``; what is validated, and
+saved at a validation or at an epoch's end, has statistics computed anew by ``reestimate_`` from the targets' training
+inputs, in frozen stages too. ``reestimated_source``: likewise, from the sources'."""
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -68,7 +68,7 @@ def apply_batchnorm_policy(backbone: nn.Module, policy: BatchNormPolicy, domains
         return
     if converted:
         raise ConfigError(f"batchnorm={policy!r} on a backbone that has per-domain statistics: choose one policy")
-    if policy in ("frozen", "reestimated", "reestimated_source"):
+    if policy == "frozen":
         freeze_statistics_(backbone)
 
 

@@ -85,10 +85,10 @@ class _Active:
 
 @dataclass
 class _Elsewhere:
-    """A run that another process holds; an orphan is one whose owner is gone."""
+    """A run that another process or trial holds; a slot takes one whose owner is gone, and a trial's."""
 
     run: Run
-    orphan: bool
+    takes_slot: bool
     since: float
 
 
@@ -176,8 +176,11 @@ class Local:
             self._try(chosen, watcher)
 
     def _taken(self) -> int:
-        """Number of slots in use: by runs of this sweep, and by orphans, which load the machine as they do."""
-        return len(self._active) + sum(held.orphan for held in self._elsewhere.values())
+        """Number of slots in use: by runs of this sweep, and by orphans, which load the machine as they do.
+
+        A trial whose values are just being run takes one too: a search is not asked ahead of its results.
+        """
+        return len(self._active) + sum(held.takes_slot for held in self._elsewhere.values())
 
     def _next(self) -> Run | None:
         """One run for each source leg first, then those whose source is there; none that would wait for a source."""
@@ -201,7 +204,8 @@ class Local:
         file = run.log.with_suffix(".lock")
         lock = locked(file)
         if lock is None:
-            self._elsewhere[run.folder.path] = _Elsewhere(run, orphaned(file), time.monotonic())
+            mine = run.folder.path in {active.run.folder.path for active in self._active.values()}
+            self._elsewhere[run.folder.path] = _Elsewhere(run, mine or orphaned(file), time.monotonic())
             return
         state = state_of(run.folder)
         if state.ended or (state is State.FAILED and not self.retry):

@@ -271,15 +271,19 @@ class Element:
     def _locked(self, received: Sequence[int]) -> RunLock:
         """Take the run's lock; wait for it for a while, or until a signal comes."""
         path, until = self.log.with_suffix(".lock"), time.monotonic() + _PATIENCE
-        while (lock := locked(path)) is None:
+        while True:
+            lock = locked(path)
             stops = [signal.Signals(number) for number in received if number != signal.SIGCONT]
             if stops:
-                why = f"stopped by {stops[0].name} while another process has {path}"
+                if lock is not None:
+                    lock.release()
+                why = f"stopped by {stops[0].name} before it began, waiting for {path}"
                 raise RunError(f"{self.run.name}: {why}{_requeued(stops)}")
+            if lock is not None:
+                return lock
             if time.monotonic() > until:
                 raise RunError(f"{path} is locked: another process runs this; it goes on there")
             time.sleep(_POLL)
-        return lock
 
     def _start(self, lock: RunLock | None) -> int:
         """Run it to its end; the first process has the lock, which its run inherits."""

@@ -46,8 +46,8 @@ class Task(LightningModule):
         head_dropout: dropout before each head.
         batchnorm: policy for BatchNorm *statistics*. ``auto`` is ``frozen`` for a pretrained backbone (most of the
             forgetting of a fine-tuned CNN comes from its statistics) and ``training`` otherwise. The statistics of a
-            frozen stage never move while training; ``reestimated`` (AdaBN) replaces all for each validation and at the
-            end of each epoch, and training goes on with those it had.
+            frozen stage never move while training; ``reestimated`` (AdaBN) trains as ``training``, and replaces all
+            for each validation and at the end of each epoch; training goes on with those it had.
 
     Raises:
         ConfigError: no domains, or a setting out of range.

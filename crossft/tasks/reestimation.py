@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from crossft.backbones.batchnorm import BatchNormPolicy, reestimate_
+from crossft.backbones.batchnorm import BatchNormPolicy, batch_norms, reestimate_
 from crossft.data import DomainData
 from crossft.data.passes import one_pass, placed, training_rows
 from crossft.errors import ConfigError
@@ -43,10 +43,14 @@ class Reestimation:
         """Refuse a fit that could not end as it should; what an earlier fit held is forgotten.
 
         Raises:
-            ConfigError: the run has no training rows of that role.
+            ConfigError: the backbone has no BatchNorm layer, or the run no training rows of that role.
         """
         self.held = {}
-        if self.role is not None:
+        if self.role is None:
+            return
+        if not batch_norms(task.backbone):
+            raise ConfigError(f"model.batchnorm={self.policy} on a backbone without BatchNorm layers; leave it out")
+        if getattr(task.trainer, "datamodule", None) is not None:
             training_rows(self._data(task), self.role)
 
     def replace_(self, task: Task) -> None:

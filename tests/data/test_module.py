@@ -336,6 +336,15 @@ def test_numbers_become_a_regression_and_lists_a_multilabel_target(tmp_path, tex
     assert {tuple(t) for t in batch.targets.tolist()} <= {(1, 0, 0), (1, 1, 0), (0, 0, 1)}
 
 
+def test_a_random_split_of_labeled_rows_is_that_of_the_same_rows_without_labels(images, image_spec):
+    def split(**options):
+        return both(images, image_spec, **options).split_manifest()["sketch"]
+
+    unlabeled = split(split="stratified", target_labels="none")
+    assert split(split="random") == unlabeled
+    assert split(split="stratified") != unlabeled
+
+
 def test_label_spaces_differ_or_are_named(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n" + "\n".join(f"t {i},{i % 12}" for i in range(240)))
     (tmp_path / "b.csv").write_text("text,label\n" + "\n".join(f"u {i},{i % 2}" for i in range(60)))

@@ -155,6 +155,16 @@ def test_a_study_takes_no_run_that_another_one_ended_early_or_that_lacks_its_met
     assert tried <= len(notes.begun) < 2 * tried, "runs by the same metric that came to their end are shared"
 
 
+def test_a_search_is_not_asked_ahead_of_its_results(tmp_path: Path) -> None:
+    """Two values and three slots: a trial of a value that is just being run waits in a slot like any other."""
+    file = write_sweep(tmp_path, **{**BAYES, "run_cap": 8}, parameters={"fake.x": {"values": [0.3, 0.9]}})
+    told = trials(search(file, 3, "--fake.seconds=1.5")[0])
+    assert len(told) == 8
+    for one in told:
+        open_then = [t for t in told if t.datetime_start <= one.datetime_start < t.datetime_complete]
+        assert len(open_then) <= 3 + 1, "one may be over already and just not looked at again"
+
+
 @pytest.mark.parametrize(
     ("early", "ends"),
     [

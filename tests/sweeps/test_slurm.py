@@ -140,7 +140,7 @@ def test_signal_ends_the_wait_for_a_lock_and_asks_for_a_requeue_as_the_run_would
     kills = f"sleep 0.5; kill -CONT {os.getpid()}; sleep 1.5; kill -{word} {os.getpid()}"
     sender = subprocess.Popen(["sh", "-c", kills])
     began = time.monotonic()
-    with pytest.raises(RunError, match=f"base s0: stopped by SIG{word} while another process has") as stop:
+    with pytest.raises(RunError, match=f"base s0: stopped by SIG{word} before it began") as stop:
         Element(run, 1, tuple(PROGRAM))()
     assert time.monotonic() - began >= 2, "SIGCONT ended it"
     assert sender.wait() == 0

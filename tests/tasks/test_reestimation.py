@@ -14,6 +14,7 @@ from tiny import TinyVision, image_domains
 
 from crossft.callbacks.adaptation import SWAD
 from crossft.callbacks.averaging import EMA
+from crossft.callbacks.caching import PrefixCache
 from crossft.callbacks.freezing import Freeze
 from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, load_checkpoint
 from crossft.data import DomainData
@@ -29,8 +30,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image_domains(tmp_path_factory.mktemp("statistics") / "data", each=16)
 
 
-def data_of(root: Path, target: str | None = "sketch") -> DomainData:
-    options = {"train_on": "source", "target_labels": "none", "batch_size": 4, "augment": "none", "seed": 7}
+def data_of(root: Path, target: str | None = "sketch", augment: str = "none") -> DomainData:
+    options = {"train_on": "source", "target_labels": "none", "batch_size": 4, "augment": augment, "seed": 7}
     data = DomainData(root=root, source="photo", target=target, **options)
     data.prepare()
     return data
@@ -43,27 +44,40 @@ def fit(
     policy: str = "reestimated",
     target: str | None = "sketch",
     resume: Path | None = None,
+    last: int = 1,
+    batchnorm: bool = True,
+    augment: str = "none",
     **options,
 ) -> Classification:
     """Train on the source alone, its last stage, with validations within epochs."""
     seed_everything(7, verbose=False)
-    data = data_of(root, target)
-    task = Classification(TinyVision(dropout=0.3, batchnorm=True), list(data.domains), batchnorm=policy)
+    data = data_of(root, target, augment)
+    task = Classification(TinyVision(dropout=0.3, batchnorm=batchnorm), list(data.domains), batchnorm=policy)
     saving = [Checkpoints(folder, every_n_steps=1, keep=100, monitor="source/val/loss", mode="min")] if folder else []
     trainer = Trainer(
-        **{"max_epochs": 3, "val_check_interval": 2, **options},
-        callbacks=[Freeze(train_last=1), *callbacks, *saving],
+        **{"max_epochs": 3, "val_check_interval": 2, "num_sanity_val_steps": 2, **options},
+        callbacks=[Freeze(train_last=last), *callbacks, *saving],
         plugins=[AtomicCheckpointIO()] if folder else [],
         logger=False,
         enable_checkpointing=bool(folder),
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=2,
         use_distributed_sampler=False,
     )
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     return task
+
+
+class Losses(Callback):
+    """The validation loss each time."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if not trainer.sanity_checking:
+            self.values.append(float(trainer.callback_metrics["source/val/loss"]))
 
 
 class Means(Callback):
@@ -111,10 +125,25 @@ def test_what_is_validated_and_saved_has_the_statistics_of_a_domain(
         torch.testing.assert_close(saved["state_dict"][MEAN], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_training_is_that_with_frozen_statistics(root: Path) -> None:
-    adapted, frozen = (fit(root, policy=policy).state_dict() for policy in ("reestimated", "frozen"))
-    for name, value in frozen.items():
+@pytest.mark.parametrize("last", [1, 2])
+def test_training_is_that_without_the_replacement(root: Path, last: int) -> None:
+    """With BatchNorm in a frozen stage, and in one that trains."""
+    adapted, plain = (fit(root, policy=policy, last=last).state_dict() for policy in ("reestimated", "training"))
+    for name, value in plain.items():
         assert torch.equal(adapted[name], value) == ("running_" not in name), name
+
+
+def test_the_prefix_cache_never_takes_one_for_the_other(root: Path) -> None:
+    """Random augmentation, so that only evaluation is cached, and a look at the starting model before it."""
+
+    def losses(policy: str, *methods: Callback, sanity: int = 0) -> list[float]:
+        seen = Losses()
+        fit(root, None, seen, *methods, policy=policy, augment="flip", num_sanity_val_steps=sanity)
+        return seen.values
+
+    plain = {policy: losses(policy) for policy in ("reestimated", "frozen")}
+    for policy in ("reestimated", "frozen", "reestimated"):
+        assert losses(policy, PrefixCache(), sanity=1) == pytest.approx(plain[policy], abs=1e-5), policy
 
 
 def test_a_fit_that_early_stopping_ends_has_them_too(root: Path) -> None:
@@ -139,6 +168,8 @@ def test_a_run_resumed_after_a_validation_ends_at_the_same_bits(root: Path, tmp_
 def test_what_cannot_work_is_refused_before_training(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no training rows of that role; set data.target"):
         fit(root, target=None)
+    with pytest.raises(ConfigError, match=r"on a backbone without BatchNorm layers; leave it out"):
+        fit(root, batchnorm=False)
     with pytest.raises(ConfigError, match=r"methods.ema publishes other weights than those"):
         fit(root, None, EMA())
     with pytest.raises(ConfigError, match=r"methods.swad averages weights, and BatchNorm statistics that move"):

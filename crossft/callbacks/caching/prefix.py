@@ -177,8 +177,8 @@ class PrefixCache(Callback):
         return postponed
 
     def _versions(self) -> int:
-        """Grows when a weight of the prefix is written; buffers are looked at when the phase or the mode changes."""
-        return 0 if self._cut is None else sum(p._version for p in self._parameters)
+        """Grows when a weight or buffer of the prefix is written."""
+        return 0 if self._cut is None else sum(t._version for t in self._tensors)
 
     def _encode(self, task: Task, batch: Batch, capture: Collection[str]) -> Encoded | None:
         while self._cut is not None and self._store is not None and self._cut.allows(capture):
@@ -245,7 +245,7 @@ class PrefixCache(Callback):
                 reason = "see the warning above"
                 continue
             self._cut, self._store = cut, self._opened(key, task, task.backbone, cut)
-            self._parameters, _ = prefix_tensors(cut.below)
+            self._tensors = [t for tensors in prefix_tensors(cut.below) for t in tensors]
             break
         else:
             self._tell(f"nothing is cached while {reason}", warn=False)
@@ -270,7 +270,8 @@ class PrefixCache(Callback):
         seen = self._changes.setdefault(frozenset(s.name for s in cut.below), set())
         if key in seen:
             return True
-        if seen and not task.training:  # weights swapped for an evaluation
+        if seen and not task.training:
+            self._tell("weights or statistics of frozen stages are replaced for evaluation, which is computed in full")
             return False
         if len(seen) > MOST_CHANGES:
             self._tell(f"frozen stages have changed {len(seen)} times; they are computed in full from here on")
