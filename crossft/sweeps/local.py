@@ -85,7 +85,7 @@ class _Active:
 
 @dataclass
 class _Elsewhere:
-    """A run that another process or trial holds; a slot takes one whose owner is gone, and a trial's."""
+    """A run that is held: by another process (it takes a slot where its owner is gone), or for another trial (it does)."""
 
     run: Run
     takes_slot: bool
