@@ -85,7 +85,7 @@ class _Active:
 
 @dataclass
 class _Elsewhere:
-    """A run that is held: by another process (it takes a slot where its owner is gone), or for another trial (it does)."""
+    """A run that is held, by another process (a slot is taken where its owner is gone) or for another trial (taken)."""
 
     run: Run
     takes_slot: bool
