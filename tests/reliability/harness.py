@@ -123,6 +123,7 @@ def launched(world: int, environment: dict[str, str], act: Callable[[], int]) ->
                 os.environ |= {"LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "kill"}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             sys.stdout = sys.stderr
+            torch.set_num_threads(1)  # makes the pool of threads anew, which two of autograd's would race for
             try:
                 code = act()
             except BaseException:

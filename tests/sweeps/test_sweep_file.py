@@ -62,11 +62,13 @@ def test_domains_are_no_part_of_an_arms_name(tmp_path: Path) -> None:
 
 
 def test_arms_times_parameters(tmp_path: Path) -> None:
-    arms = {"plain": {}, "ewc": {"methods": {"ewc": {"class_path": "E", "init_args": {"weight": 2}}}}}
+    arms = {"plain": {}, "ewc": {"methods": {"ewc": {"class_path": "E", "init_args": {"start": 2}}}}}
     parameters = {"lr": {"values": [1, 2]}, "methods.ewc.weight": {"values": [5, 6], "arms": ["ewc"]}}
     sweep = written(tmp_path, arms=arms, parameters=parameters, base={})
     assert names(sweep) == ["plain,lr=1", "plain,lr=2"] + [f"ewc,lr={a},weight={b}" for a in (1, 2) for b in (5, 6)]
-    assert dict(expand(sweep)[-1].overrides) == {"methods.ewc": "E", "methods.ewc.weight": 6, "lr": 2}
+    assert dict(expand(sweep)[-1].overrides) == {
+        "methods.ewc": "E", "methods.ewc.start": 2, "methods.ewc.weight": 6, "lr": 2,
+    }  # fmt: skip
 
 
 def test_leave_one_out_and_add_one_in_name_every_method_once(tmp_path: Path) -> None:
