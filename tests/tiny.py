@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def image_domains(
                 pixels[..., c % 3] += signal
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
     return root
+
+
+def permute_labels(root: Path, to: Path, domain: str = "sketch") -> Path:
+    """A copy of `image_domains` in which the files of one domain have moved between class folders."""
+    shutil.copytree(root, to)
+    for i, path in enumerate(sorted((to / domain).glob("*/*.png"))):
+        path.rename(to / domain / ("dog", "cat")[i % 2] / f"moved-{i:03d}.png")
+    return to
 
 
 def text_domains(root: Path, domains: tuple[str, ...] = ("books", "kitchen"), each: int = 16) -> Path:

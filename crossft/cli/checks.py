@@ -105,6 +105,12 @@ def _check_trainer(trainer: Any) -> None:
             f"trainer.val_check_interval={interval} is a time, at which processes would not meet and no resume would "
             "be exact; give a number of batches, or a share of an epoch"
         )
+    if trainer.get("sync_batchnorm"):
+        raise ConfigError(
+            "trainer.sync_batchnorm=true: torch's conversion drops the activations inside timm's norm layers, and a "
+            "pass that re-estimates statistics would hang; leave it out. The default model.batchnorm=frozen needs none; "
+            "for training give each process a larger data.batch_size"
+        )
     limit, overfit = trainer.get("limit_train_batches"), trainer.get("overfit_batches")
     for name, value, allowed, wrong in (
         ("limit_train_batches", limit, "1.0", limit is not None and (isinstance(limit, int) or limit != 1.0)),

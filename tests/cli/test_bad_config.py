@@ -56,6 +56,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "betas": (["--model.optimizer.betas=[2,3]"], 2, "model.optimizer=.*beta.*betas="),
     "optimizer with a closure": (["--model.optimizer=torch.optim.LBFGS"], 2, "LBFGS.*torch.optim.AdamW"),
     "optimizer of sparse gradients": (["--model.optimizer=torch.optim.SparseAdam"], 2, "SparseAdam.*dense"),
+    "synchronized batchnorm": (["--trainer.sync_batchnorm=true"], 2, "sync_batchnorm=true: torch's conversion"),
     "head dropout": (["--model.head_dropout=2"], 2, r"model.head_dropout=2.0 must be in \[0, 1\)"),
     "no image": (["--model.backbone.image_size=0"], 2, "image_size=0 must be at least 1"),
     "negative image": (["--model.backbone.image_size=-5"], 2, "image_size=-5 must be at least 1"),

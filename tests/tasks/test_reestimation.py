@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
-from tiny import TinyVision, image_domains
+from tiny import TinyVision, image_domains, permute_labels
 
 from crossft.callbacks.adaptation import SWAD
 from crossft.callbacks.averaging import EMA
 from crossft.callbacks.caching import PrefixCache
 from crossft.callbacks.freezing import Freeze
-from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, load_checkpoint
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Scores, load_checkpoint
 from crossft.data import DomainData
 from crossft.data.passes import batch_of, training_rows
 from crossft.errors import ConfigError
@@ -163,6 +163,18 @@ def test_a_run_resumed_after_a_validation_ends_at_the_same_bits(root: Path, tmp_
         again = fit(root, tmp_path, resume=tmp_path / f"checkpoints/step-{step}.ckpt")
         for name, value in whole.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), (step, name)
+
+
+def test_permuting_the_labels_of_the_target_changes_no_bit(tmp_path: Path) -> None:
+    """Neither of the weights, nor of the statistics, nor when a stop by a label-free score ends the fit."""
+    root, ends = image_domains(tmp_path / "data", each=32), []
+    for folder in (root, permute_labels(root, tmp_path / "permuted")):
+        stop = EarlyStopping("target/val/infomax", mode="max", patience=1, min_delta=10.0)
+        task = fit(folder, None, Scores(), stop, max_epochs=30)
+        ends.append((task.trainer.global_step, task.state_dict()))
+    assert ends[0][0] == ends[1][0] < 30 * task.trainer.num_training_batches
+    for name, value in ends[0][1].items():
+        assert torch.equal(ends[1][1][name], value), name
 
 
 def test_what_cannot_work_is_refused_before_training(root: Path, tmp_path: Path) -> None:

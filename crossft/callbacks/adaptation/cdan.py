@@ -36,8 +36,8 @@ class ConditionalAdversarial(LossTerm):
 
     g is the softmax of the head's logits, without gradient, as in the released code. With ``entropy`` each row's loss
     is multiplied by 1 + exp(-H(g)) without gradient (section 3.2, entropy conditioning). The released code divides
-    these factors by their sum over the batch; here they stay as in the equation, so a row counts the same in any
-    batch.
+    these factors by their sum over the batch, and lets the reversed gradient through the factors before that; here they
+    stay as in the equation, as weights, so a row counts the same in any batch.
 
     Args:
         num_features: width d of the features.

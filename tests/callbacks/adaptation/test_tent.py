@@ -8,7 +8,7 @@ import pytest
 import torch
 from adaptation_cases import data_of
 from lightning.pytorch import Callback, Trainer
-from tiny import TinyVision, flat, image_domains
+from tiny import TinyVision, flat, image_domains, permute_labels
 from torch import nn
 
 from crossft.callbacks.adaptation import Tent
@@ -84,6 +84,14 @@ def test_it_is_the_published_loop_on_the_target_and_nothing_on_the_source(root: 
         (-(p * p.log()).sum(1).mean()).backward()
         adam.step()
     assert not torch.allclose(logits, plain.seen[1][-1], atol=1e-3)
+
+
+def test_permuting_the_labels_of_the_target_changes_no_prediction(root: Path, tmp_path: Path) -> None:
+    """Rows come in an order that their content sets, so the batches stay the same too."""
+    _, watch = run(root, Tent(lr=0.05))
+    _, other = run(permute_labels(root, tmp_path / "permuted"), Tent(lr=0.05))
+    for a, b in zip(watch.seen[1], other.seen[1], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_last_batch_of_one_row_is_normalized_as_trained(root: Path) -> None:
