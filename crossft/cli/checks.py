@@ -108,8 +108,8 @@ def _check_trainer(trainer: Any) -> None:
     if trainer.get("sync_batchnorm"):
         raise ConfigError(
             "trainer.sync_batchnorm=true: torch's conversion drops the activations inside timm's norm layers, and a "
-            "pass that re-estimates statistics would hang; leave it out. The default model.batchnorm=frozen needs none; "
-            "for training give each process a larger data.batch_size"
+            "pass that re-estimates statistics would hang; leave it out. model.batchnorm=frozen, the default, does "
+            "without; for training give each process a larger data.batch_size"
         )
     limit, overfit = trainer.get("limit_train_batches"), trainer.get("overfit_batches")
     for name, value, allowed, wrong in (

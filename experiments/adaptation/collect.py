@@ -2,6 +2,7 @@
 
 python experiments/adaptation/collect.py runs/adaptation-text runs/adaptation-pacs ...
 
+Rows of results.csv whose runs are not among these folders stay; without a folder only the tables are printed.
 ``selected`` is the target's test accuracy at the checkpoint that was chosen without its labels, ``oracle`` the best of
 any validated checkpoint, ``regret`` the difference; ``regret by SCORE`` what choosing by another score would have cost.
 """
@@ -25,6 +26,8 @@ BASELINES = {"baseline/tfidf/target/test/accuracy": "TF-IDF", "baseline/frozen/t
 SCORES = [f"target/val/{n}" for n in ("infomax", "entropy", "snd", "bnm", "dev", "iwcv", "reverse")]
 SCORES += ["source/val/accuracy", "source/val/loss"]
 APART = ("generalize", "text-pilot")  # no validation on the target; one seed that is not reported
+KEY = ["experiment", "arm", "seed", "source", "target"]
+BASES = {"adabn": "batch-statistics"}  # all others are compared with source-only
 FIRST = ("source-only", "erm", "target-supervised")
 
 
@@ -41,19 +44,27 @@ def results(paths: list[str]) -> pd.DataFrame:
     others = {f"{REGRET}/{name}": f"regret by {name}" for name in SCORES}
     shown = {c: name for c, name in {**NAMES, **BASELINES, **others}.items() if c in runs.columns}
     runs["experiment"] = runs["experiment"].str.removeprefix("adaptation-")
-    rows = runs.rename(columns=shown)[["experiment", "arm", "seed", "source", "target", *shown.values(), "seconds"]]
-    return rows.sort_values(["experiment", "source", "target", "arm", "seed"])
+    return runs.rename(columns=shown)[[*KEY, *shown.values(), "seconds"]]
+
+
+def merged(new: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``before`` that have no newer run, and ``new``."""
+    both = pd.concat([before, new], ignore_index=True).drop_duplicates(KEY, keep="last")
+    columns = [*KEY, *NAMES.values(), *BASELINES.values(), *(f"regret by {name}" for name in SCORES), "seconds"]
+    return both[[c for c in columns if c in both]].sort_values(["experiment", "source", "target", "arm", "seed"])
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Markdown: an arm a line; mean ± half of the 95 % interval over seeds, paired difference to the first arm."""
+    """Markdown: an arm a line; mean ± half of the 95 % interval over seeds, paired difference to its baseline."""
     arms = sorted(dict.fromkeys(rows["arm"]), key=lambda a: (FIRST.index(a) if a in FIRST else len(FIRST), a))
-    base = rows[rows["arm"] == arms[0]].set_index("seed")["selected"].to_dict()
+    selected = {arm: some.set_index("seed")["selected"].to_dict() for arm, some in rows.groupby("arm")}
     lines = [f"| arm | runs | selected | minus {arms[0]} | oracle | regret |", "|---|---|---|---|---|---|"]
     for arm in arms:
         some = rows[rows["arm"] == arm]
-        versus = compare_paired(some.set_index("seed")["selected"].to_dict(), base) if arm != arms[0] else None
+        base = BASES.get(arm, arms[0])
+        versus = compare_paired(selected[arm], selected[base]) if arm != base else None
         less = f"{100 * versus.difference.mean:+.1f} ± {100 * versus.difference.half:.1f}" if versus else ""
+        less += f" (minus {base})" if base != arms[0] else ""
         cells = [_percent(list(some[c])) for c in ("selected", "oracle", "regret")]
         lines.append("| " + " | ".join([arm, str(len(some)), cells[0], less, *cells[1:]]) + " |")
     for arm, labels in ((arms[0], "source"), ("target-supervised", "target")):
@@ -87,8 +98,10 @@ def _percent(values: list[float]) -> str:
 
 
 def main() -> int:
-    rows = results(sys.argv[1:])
-    rows.to_csv(HERE / "results.csv", index=False, float_format="%.4f")
+    rows = pd.read_csv(HERE / "results.csv")
+    if sys.argv[1:]:
+        rows = merged(results(sys.argv[1:]), rows)
+        rows.to_csv(HERE / "results.csv", index=False, float_format="%.4f")
     for (name, source, target), some in rows.groupby(["experiment", "source", "target"], sort=False):
         print(f"\n**{name}: {source} -> {target}**\n\n{table(some)}")
     print(f"\n{selectors(rows)}")
