@@ -31,7 +31,7 @@ from crossft.callbacks.monitoring.scores import Scores
 from crossft.cli.before import keep_before, read_before, shared_before
 from crossft.cli.diagnosis import PARTS, Diagnosis, diagnose, sentence
 from crossft.cli.launch import Launch
-from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger
+from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger, wandb_mode
 from crossft.cli.parser import Settings
 from crossft.cli.profiling import NoProfiler
 from crossft.cli.progress import ProgressBar, progress
@@ -251,7 +251,7 @@ class Leg:
 
     def _start_wandb(self, run_id: str) -> None:
         """Start the W&B run before anything can fail, so that it tells of a run that fails early, too."""
-        if self.launch.first:
+        if self.launch.first and wandb_mode(self.settings.config.wandb) != "disabled":
             self.settings.set_domains(self.data.domains)
             plain, content = self.settings.plain(), self.data.fingerprint
             self.wandb = wandb_logger(self.folder, self.settings.config.wandb, run_id, plain, content)

@@ -215,7 +215,8 @@ class Settings(LightningCLI):
 
     def text(self) -> str:
         """The whole configuration as YAML: what ``config.yaml`` holds, and what runs it again."""
-        return str(self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml"))
+        options = {"skip_link_targets": True, "skip_unset": False, "skip_validation": True}  # it was when it was parsed
+        return str(self.parser.dump(self.config, format="yaml", **options))
 
     def plain(self) -> dict[str, Any]:
         """The whole configuration as plain values."""
