@@ -28,7 +28,9 @@ BatchNormPolicy = Literal["frozen", "training", "per_domain", "reestimated", "re
 """``frozen``: running statistics, never moved. ``training``: batch statistics, running ones follow (torch's default).
 ``per_domain``: one set of running statistics a domain. ``reestimated``: trains as ``training``; what is validated, and
 saved at a validation or at an epoch's end, has statistics computed anew by ``reestimate_`` from the targets' training
-inputs, in frozen stages too. ``reestimated_source``: likewise, from the sources'."""
+inputs, in frozen stages too. ``reestimated_source``: likewise, from the sources'. With several processes ``training``,
+``per_domain`` and ``reestimated`` normalize each process's own rows in training, as torch does, so their weights are
+those of its smaller batches; statistics computed anew are averaged over the batches of all processes."""
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

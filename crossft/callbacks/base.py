@@ -63,7 +63,7 @@ class MethodCallback(Callback, ABC):
         if self.reads_source != "none":
             training_rows(data, "source", labeled=self.reads_source != "unlabeled")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(method_seed(self.name))
+            torch.default_generator.manual_seed(method_seed(self.name))  # torch.manual_seed reseeds GPUs too
             pl_module.attach(self.name, self.build(pl_module), self.weight)
 
     @property

@@ -40,7 +40,7 @@ def make_rows(
         views: fixed augmentations of each image; None: a new one each time.
         image_size: height and width of images; None for the backbone's.
         max_length: most tokens of a text; None for the backbone's.
-        cache_bytes: decoded images kept in memory by each process.
+        cache_bytes: images kept in memory by each process.
 
     Raises:
         ConfigError: the backbone takes images and the data is text, or the other way round.

@@ -52,11 +52,18 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class ImageCache:
-    """Decoded 8-bit images by row, up to a number of bytes; what does not fit is decoded again each time."""
+    """Images by row, up to a number of bytes; what does not fit is decoded again each time.
+
+    Attributes:
+        images: decoded, 8-bit, of rows that are augmented anew each time.
+        inputs: ready for the backbone, of rows that are seen without augmentation.
+        left: bytes that are free.
+    """
 
     def __init__(self, budget: int) -> None:
         self.left = budget
         self.images: dict[int, NDArray[np.uint8]] = {}
+        self.inputs: dict[int, Tensor] = {}
 
     def get(self, row: int, source: Any) -> Image.Image | Tensor:
         """The row's image, decoded once where it fits."""
@@ -69,6 +76,12 @@ class ImageCache:
                 self.left -= size
                 self.images[row] = np.asarray(image)
         return image
+
+    def put(self, row: int, value: Tensor) -> None:
+        """Keep the row's input as evaluation sees it, where it fits; nobody changes it."""
+        if (size := value.numel() * value.element_size()) <= self.left:
+            self.left -= size
+            self.inputs[row] = value
 
 
 class Rows(Dataset[Item]):
@@ -152,18 +165,24 @@ class Rows(Dataset[Item]):
         """
         if self.tokens is not None:
             return self.tokens.row(key.row)
+        fixed = self.views == 0 or key.info is EVALUATION or key.info.step < 0
+        if fixed and self.cache is not None and key.row in self.cache.inputs:
+            return self.cache.inputs[key.row]
         source: Any = f"row {key.row}"
         try:
             source = self.inputs[key.row]
-            image = open_image(source) if self.cache is None else self.cache.get(key.row, source)
+            image = open_image(source) if fixed or self.cache is None else self.cache.get(key.row, source)
         except Exception as error:  # whatever a data set or decoder raises
             raise DataError(
                 f"{source}: unreadable image: {error}; check it before training with data.verify"
             ) from error
         if isinstance(image, Tensor):
             return image
-        if key.info is EVALUATION or key.info.step < 0:
-            return self.evaluate(image)
+        if fixed:
+            made = self.evaluate(image)
+            if self.cache is not None:
+                self.cache.put(key.row, made)
+            return made
         draw = key.draw % self.views if self.views else key.draw
         with seeded(digest(self.seed, "augment", draw, self.sample_ids[key.row], view)):
             return self.train(image)

@@ -17,7 +17,7 @@ from crossft.functional.invariance import (
     square_of_mean,
     update_group_weights,
 )
-from crossft.functional.kernels import gaussian_kernel, mmd_linear, mmd_unbiased, squared_distances
+from crossft.functional.kernels import gaussian_kernel, mmd_linear, mmd_unbiased, paired_kernel, squared_distances
 from crossft.functional.norms import spectral_penalty, stepwise_norm
 from crossft.functional.precision import full_precision, upcast
 from crossft.functional.reversal import adversarial_strength, reverse_gradient
@@ -42,6 +42,7 @@ __all__ = [
     "mmd_linear",
     "mmd_unbiased",
     "multilinear",
+    "paired_kernel",
     "randomized_multilinear",
     "reverse_gradient",
     "scale_gradients",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossft.functional.precision import upcast
+
 __all__ = ["gradient_variance", "logit_gradients", "scale_gradients", "square_of_mean", "update_group_weights"]
 
 
@@ -28,7 +30,7 @@ def scale_gradients(losses: Tensor, logits: Tensor) -> Tensor:
         losses: [b].
         logits: [b, k] of the same graph.
     """
-    return (logit_gradients(losses, logits) * logits).sum(1)
+    return (upcast(logit_gradients(losses, logits)) * upcast(logits)).sum(1)
 
 
 def square_of_mean(values: Tensor, unbiased: bool = True) -> Tensor:

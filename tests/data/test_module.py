@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crossft.callbacks.monitoring import Stopping
 from crossft.data import DomainData, dataset
+from crossft.data.images import open_image
 from crossft.errors import ConfigError, DataError, Interrupted, SplitError
 from crossft.types import Batch, TextSpec
 
@@ -79,6 +80,18 @@ def test_augmentation_follows_seed_and_draw(images, image_spec):
     assert sum(same) < len(same) / 4, "another pass, another crop"
     plain = pixels(augment="none")
     assert all(torch.equal(plain[0, i], plain[1, i]) for e, i in plain if e == 0)
+
+
+def test_an_image_that_nothing_augments_is_made_once(images, image_spec, monkeypatch) -> None:
+    def pixels(**kw) -> list[Tensor]:
+        loader = both(images, image_spec, augment="none", **kw).train_dataloader()
+        return [batch.inputs["pixel_values"] for _ in range(2) for batch in loader]
+
+    expected, opened = pixels(cache_images=False), []
+    monkeypatch.setattr("crossft.data.dataset.open_image", lambda source: opened.append(source) or open_image(source))
+    for one, other in zip(pixels(), expected, strict=True):
+        assert torch.equal(one, other)
+    assert len(opened) == len(set(opened)) > 10
 
 
 def test_a_batch_states_exact_quotas_and_labels(images, image_spec):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd.gradcheck import GradcheckError
 
 from crossft.functional import adversarial_strength, reverse_gradient
 
@@ -20,9 +21,11 @@ def test_gradient_is_reversed_and_scaled() -> None:
     assert torch.allclose(x.grad, -0.3 * 2 * x)
 
 
-def test_gradcheck_of_a_double_reversal() -> None:
-    """Two reversals of strength 1 are the identity, whose numeric gradient is the analytic one."""
+def test_gradcheck_of_one_and_two_reversals() -> None:
+    """Two reversals of strength 1 are the identity, whose numeric gradient is the analytic one; one is not."""
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(lambda t: reverse_gradient(t.sin(), 1.0), (x,))
     assert torch.autograd.gradcheck(lambda t: reverse_gradient(reverse_gradient(t.sin(), 1.0), 1.0), (x,))
 
 

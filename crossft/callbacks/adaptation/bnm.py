@@ -25,7 +25,7 @@ class BNM(MethodCallback):
     one batch; under gradient accumulation each micro-batch is a batch of its own.
 
     Args:
-        weight: lambda (1 in the released code).
+        weight: lambda (1 in the released code, which divides by the number of singular values, not by the rows).
 
     Raises:
         ConfigError: targets with different label spaces.

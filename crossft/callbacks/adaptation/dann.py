@@ -21,8 +21,9 @@ __all__ = ["DANN", "DomainAdversarial"]
 class DomainAdversarial(LossTerm):
     """Cross-entropy of a domain discriminator behind a gradient reversal (Ganin et al. 2016, eq. 9 and 18).
 
-    The discriminator tells source from target rows; with several sources or targets, every domain from every other.
-    The loss is the mean of the per-domain means, so domains of unequal size count alike.
+    The discriminator tells the rows of its classes apart: sources from targets, or (``multi``) every domain from every
+    other. The loss is the mean over the classes of their means, so domains of unequal size count alike; with two it is
+    half of the sum in eq. 9, as in the released code, whose batches hold as many rows of each.
 
     Args:
         num_features: width d of what the discriminator reads.
@@ -72,7 +73,7 @@ class DANN(MethodCallback):
     over the share p of optimizer steps done, so it is the same under accumulation and after a resume.
 
     Args:
-        weight: factor on the discriminator's loss (1 in the paper).
+        weight: factor on the discriminator's loss (1 in the released code).
         hidden: width of the discriminator's hidden layers (1024 in the paper's appendix for images).
         gamma: steepness of the schedule (10 in section 5.2.2).
         multi: one discriminator class a domain instead of source against target.

@@ -58,7 +58,7 @@ class Mixed(LossTerm):
                 continue
             mix = _KINDS[self.kind](alpha=self.alpha, num_classes=len(rows))
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_digest(self.seed, batch.step, batch.sample_ids[rows].tolist()))
+                torch.default_generator.manual_seed(_digest(self.seed, batch.step, batch.sample_ids[rows].tolist()))
                 pixels[rows], shares = mix(pixels[rows], torch.arange(len(rows), device=rows.device))
             partner[rows] = rows.roll(1)  # whom torchvision mixes each row with
             rest[rows] = 1.0 - shares.diagonal()

@@ -13,7 +13,7 @@ from crossft.callbacks.adaptation.pairs import check_pairs, pair_distance
 from crossft.callbacks.adaptation.roles import Between
 from crossft.callbacks.base import MethodCallback
 from crossft.errors import ConfigError
-from crossft.functional import gaussian_kernel, mmd_linear, mmd_unbiased
+from crossft.functional import gaussian_kernel, mmd_linear, mmd_unbiased, paired_kernel
 from crossft.tasks import Task
 from crossft.types import LossTerm
 
@@ -32,12 +32,14 @@ def _jmmd(
     estimator: Estimator,
 ) -> Tensor:
     """Squared discrepancy under the product over layers of their kernels."""
+    m = len(first[0])
+    kernel = gaussian_kernel if estimator == "unbiased" else partial(paired_kernel, m=m)
     kernels = [
-        gaussian_kernel(torch.cat([x, y]), bandwidths if scale is None else (1.0,), scale)
+        kernel(torch.cat([x, y]), bandwidths=bandwidths if scale is None else (1.0,), scale=scale)
         for x, y, scale in zip(first, second, scales, strict=True)
     ]
     joint = math.prod(kernels[1:], start=kernels[0])
-    return (mmd_unbiased if estimator == "unbiased" else mmd_linear)(joint, len(first[0]))
+    return mmd_unbiased(joint, m) if estimator == "unbiased" else mmd_linear(joint)
 
 
 class JAN(MethodCallback):

@@ -84,8 +84,8 @@ class MDD(MethodCallback):
         margin: gamma (4 in the paper's main tables).
         hidden: width of the adversarial head's hidden layer (1024 in the released code).
         strength: largest lambda of the gradient reversal (0.1 in the released code).
-        gamma: steepness of lambda's schedule over total progress (as for DANN; the released code's schedule counts
-            1000 iterations).
+        gamma: steepness of lambda's schedule over total progress (as for DANN; the released code's is 1 for every 1,000
+            iterations and knows no end, so it is flatter in runs below 10,000).
 
     Raises:
         ConfigError: an argument out of range, or source and target have different label spaces or one class.

@@ -12,7 +12,7 @@ from crossft.callbacks.adaptation.pairs import check_pairs, pair_distance
 from crossft.callbacks.adaptation.roles import Between
 from crossft.callbacks.base import MethodCallback
 from crossft.errors import ConfigError
-from crossft.functional import gaussian_kernel, mmd_linear, mmd_unbiased
+from crossft.functional import gaussian_kernel, mmd_linear, mmd_unbiased, paired_kernel
 from crossft.tasks import Task
 from crossft.types import LossTerm
 
@@ -23,9 +23,10 @@ Estimator = Literal["unbiased", "linear"]
 
 def _mmd(first: list[Tensor], second: list[Tensor], bandwidths: tuple[float, ...], estimator: Estimator) -> Tensor:
     """Sum over layers of the squared discrepancy."""
-    estimate = mmd_unbiased if estimator == "unbiased" else mmd_linear
-    kernels = [gaussian_kernel(torch.cat([x, y]), bandwidths) for x, y in zip(first, second, strict=True)]
-    return torch.stack([estimate(k, len(first[0])) for k in kernels]).sum()
+    m, rows = len(first[0]), [torch.cat([x, y]) for x, y in zip(first, second, strict=True)]
+    if estimator == "linear":
+        return torch.stack([mmd_linear(paired_kernel(z, m, bandwidths)) for z in rows]).sum()
+    return torch.stack([mmd_unbiased(gaussian_kernel(z, bandwidths), m) for z in rows]).sum()
 
 
 class MMD(MethodCallback):

@@ -38,7 +38,7 @@ class Tent(Callback):
     batch, on the number of processes; gradients are averaged over processes.
 
     Args:
-        lr: learning rate of Adam (0.001 in the paper, for batches of 200; 0.00025 for ImageNet's 64).
+        lr: learning rate of Adam (0.001 in the paper, for batches of 200; on ImageNet it takes SGD).
         domains: names of the domains to adapt on. Default: the targets.
 
     Raises:

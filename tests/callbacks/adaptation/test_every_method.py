@@ -89,7 +89,18 @@ def test_permuting_the_labels_of_the_target_changes_no_bit(root: Path, tmp_path:
     assert torch.isfinite(ends[0]).all()
 
 
-@pytest.mark.parametrize("name", ["bsp", "mmd", "jan", "coral", "cmd", "mcc", "bnm", "hafn", "fishr"])
+@pytest.mark.parametrize("sources", [True, False])
+def test_no_method_reseeds_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch, sources: bool) -> None:
+    """Its weights and its draws come from a generator of their own, so dropout on a GPU is that without it."""
+    seeds: list[list[int]] = []
+    for names in ([], [n for n, c in CASES.items() if c.sources == sources]):
+        seeds.append([])
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds[-1].append)
+        fit(data_of(root, sources), {n: CASES[n].make(0.0) for n in names})
+    assert seeds[0] == seeds[1]
+
+
+@pytest.mark.parametrize("name", ["bsp", "mmd", "jan", "coral", "cmd", "mcc", "bnm", "hafn", "irm", "fishr"])
 def test_statistics_of_a_batch_are_taken_in_full_precision(name: str) -> None:
     """Under autocast too: features and logits of a bfloat16 run give the value that float32 gives for them."""
     case = CASES[name]

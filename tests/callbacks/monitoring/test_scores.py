@@ -25,7 +25,7 @@ SPLITS = {"splits": (0.4, 0.4, 0.2)}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_domains(tmp_path_factory.mktemp("images"), domains=("photo", "sketch", "art"), each=24)
+    return image_domains(tmp_path_factory.mktemp("images"), domains=("photo", "sketch", "art"), each=24, signal=10)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,12 @@ def test_scores_are_those_of_the_models_predictions(scored) -> None:
     odds = odds.clip(1e-6, 1 - 1e-6)
     weights = len(source["logits"]) / len(target["logits"]) * odds / (1 - odds)
     errors = (source["logits"].argmax(1) != source["targets"]).astype(float)
-    assert logged["target/val/iwcv"] == pytest.approx((weights * errors).mean(), rel=1e-3, abs=1e-6)
+    weighted = weights * errors
+    assert logged["target/val/iwcv"] == pytest.approx(weighted.mean(), rel=1e-3, abs=1e-6)
+    eta = -np.cov(weighted, weights)[0, 1] / weights.var(ddof=1)
+    corrected = weighted.mean() + eta * weights.mean() - eta
+    assert logged["target/val/dev"] == pytest.approx(corrected, rel=1e-3, abs=1e-6)
+    assert abs(corrected - weighted.mean()) > 1e-3
     reverse = reverse_validation(target["features"], target["logits"].argmax(1), source["features"], source["targets"])
     assert logged["target/val/reverse"] == pytest.approx(reverse)
 
