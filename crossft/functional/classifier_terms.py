@@ -22,7 +22,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
-    """Minimum class confusion (Jin et al. 2020, section 3: the four steps from predictions to the loss).
+    """Minimum class confusion (Jin et al. 2020, eq. 1 to 7: the steps from predictions to the loss).
 
     Predictions at a temperature (probability rescaling), rows weighted by b (1 + exp(-H)) / sum (1 + exp(-H)) without
     gradient (uncertainty reweighting), class correlation P^T W P, each of its rows divided by its sum (category
@@ -53,7 +53,7 @@ def batch_nuclear_norm(logits: Tensor) -> Tensor:
 
 
 def classifier_discrepancy(first: Tensor, second: Tensor) -> Tensor:
-    """Mean over classes of the absolute difference of two classifiers' predictions (Saito et al. 2018, section 3.1).
+    """Mean over classes of the absolute difference of two classifiers' predictions (Saito et al. 2018, eq. 1).
 
     Args:
         first, second: logits [b, k].

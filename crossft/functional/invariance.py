@@ -23,7 +23,7 @@ def logit_gradients(losses: Tensor, logits: Tensor) -> Tensor:
 def scale_gradients(losses: Tensor, logits: Tensor) -> Tensor:
     """d loss_i(w z_i) / dw at w = 1 for each row, [b]: the inner product of z_i and d loss_i / d z_i.
 
-    The mean over a domain's rows is its gradient by the dummy classifier of IRMv1 (Arjovsky et al. 2019, section 3.1),
+    The mean over a domain's rows is its gradient by the dummy classifier of IRMv1 (Arjovsky et al. 2019, eq. IRMv1),
     for any task loss.
 
     Args:

@@ -33,7 +33,7 @@ def squared_distances(x: Tensor) -> Tensor:
 
 
 def gaussian_kernel(x: Tensor, bandwidths: Sequence[float] = BANDWIDTHS, scale: float | None = None) -> Tensor:
-    """Sum of Gaussian kernels exp(-||a - b||^2 / (u * scale)) over the factors u (Long et al. 2015, section 3).
+    """Sum of Gaussian kernels exp(-||a - b||^2 / (u * scale)) over the factors u (Long et al. 2015, eq. 2).
 
     The scale is the mean squared distance between different rows of ``x``, without gradient, or
     given (2 sigma^2).

@@ -20,7 +20,7 @@ def spectral_penalty(features: Tensor, k: int = 1) -> Tensor:
 
 
 def stepwise_norm(features: Tensor, step: float = 1.0) -> Tensor:
-    """(||f|| detached + step - ||f||)^2 of each row, [b] (Xu et al. 2019, SAFN, section 3.4).
+    """(||f|| detached + step - ||f||)^2 of each row, [b] (Xu et al. 2019, SAFN, eq. 9).
 
     Its value is always step^2; its gradient lets every norm grow.
 

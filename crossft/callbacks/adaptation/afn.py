@@ -19,7 +19,7 @@ __all__ = ["AFN", "HardNorm", "StepwiseNorm"]
 
 
 class StepwiseNorm(LossTerm):
-    """SAFN: every row's feature norm grows by a step, source and target alike (Xu et al. 2019, section 3.4).
+    """SAFN: every row's feature norm grows by a step, source and target alike (Xu et al. 2019, eq. 9).
 
     Args:
         groups: domain ids of the source and of the target.
@@ -45,7 +45,7 @@ class StepwiseNorm(LossTerm):
 
 
 class HardNorm(LossTerm):
-    """HAFN: the mean feature norms of source and target go to one radius R (Xu et al. 2019, section 3.3).
+    """HAFN: the mean feature norms of source and target go to one radius R (Xu et al. 2019, eq. 7).
 
     Norms of all processes' rows are averaged together; under gradient accumulation each micro-batch by itself.
 
@@ -83,7 +83,7 @@ def _logged(means: list[Tensor]) -> dict[str, Tensor]:
 
 
 class AFN(MethodCallback):
-    """AFN (Xu et al. 2019, Larger Norm More Transferable, section 3), on the features that the head reads.
+    """AFN (Xu et al. 2019, Larger Norm More Transferable, eq. 7 and 9), on the features that the head reads.
 
     The paper puts it on a bottleneck layer behind the backbone; here there is none.
 

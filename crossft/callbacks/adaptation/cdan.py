@@ -32,7 +32,7 @@ LARGEST_PRODUCT = 4096
 
 
 class ConditionalAdversarial(LossTerm):
-    """Domain discriminator on f (x) g behind a gradient reversal (Long et al. 2018, section 3).
+    """Domain discriminator on f (x) g behind a gradient reversal (Long et al. 2018, eq. 2 to 4 and 6).
 
     g is the softmax of the head's logits, without gradient, as in the released code. With ``entropy`` each row's loss
     is multiplied by 1 + exp(-H(g)) without gradient (section 3.2, entropy conditioning). The released code divides
@@ -100,7 +100,7 @@ class ConditionalAdversarial(LossTerm):
 
 
 class CDAN(MethodCallback):
-    """CDAN and CDAN+E (Long et al. 2018, Conditional Adversarial Domain Adaptation).
+    """CDAN (eq. 9) and CDAN+E (eq. 10 of Long et al. 2018, Conditional Adversarial Domain Adaptation).
 
     Needs source and (unlabeled) target rows in every batch, and one label space for both.
 

@@ -88,7 +88,7 @@ def _digest(*parts: object) -> int:
 
 
 class DomainMixup(MethodCallback):
-    """Mixup (Zhang et al. 2018, eq. 1) or CutMix (Yun et al. 2019, eq. 1) within each domain.
+    """Mixup (Zhang et al. 2018, section 1) or CutMix (Yun et al. 2019, eq. 1) within each domain.
 
     It rewrites the batch before the forward: every labeled row is mixed with another labeled row of its own domain and
     micro-batch, with one lam (and one box) a domain and micro-batch, as torchvision does. Domains stay apart, so

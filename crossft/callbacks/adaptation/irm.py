@@ -41,7 +41,7 @@ class ScaleGradientNorm(LossTerm):
 
 
 class IRM(MethodCallback):
-    """IRMv1 (Arjovsky et al. 2019, Invariant Risk Minimization, section 3.1: IRMv1).
+    """IRMv1 (Arjovsky et al. 2019, Invariant Risk Minimization, section 3, eq. IRMv1).
 
     Objective: mean of the source risks + lambda * mean of the squared gradients of each risk by a scalar that
     multiplies the logits. The task loss is the mean over labeled rows, so it is the mean of the risks where every

@@ -43,7 +43,7 @@ def _jmmd(
 
 
 class JAN(MethodCallback):
-    """JAN (Long et al. 2017, Deep Transfer Learning with Joint Adaptation Networks, section 4: JMMD).
+    """JAN (Long et al. 2017, Deep Transfer Learning with Joint Adaptation Networks, eq. 8 to 11).
 
     The squared maximum mean discrepancy under the product over layers of their kernels: a sum of Gaussians whose
     bandwidths are factors on the mean squared distance, and for probabilities one Gaussian with

@@ -16,7 +16,7 @@ __all__ = ["MCC"]
 
 
 class MCC(MethodCallback):
-    """MCC (Jin et al. 2020, Minimum Class Confusion for Versatile Domain Adaptation, section 3).
+    """MCC (Jin et al. 2020, Minimum Class Confusion for Versatile Domain Adaptation, eq. 1 to 8).
 
     Reads target rows alone, without labels; target rows of all processes form one batch. Under gradient accumulation
     each micro-batch is a batch of its own.

@@ -22,7 +22,7 @@ class ClassifierDiscrepancy(LossTerm):
     """A second head: cross-entropy on labeled rows minus the discrepancy of both heads on target rows.
 
     The discrepancy is taken behind a gradient reversal, so that in one step the heads make it large and the features
-    small (Saito et al. 2018, section 3; the one-step form with a gradient reversal layer is in the paper's
+    small (Saito et al. 2018, eq. 4 to 6; the one-step form with a gradient reversal layer is in the paper's
     supplement). The task's head runs a second time on the target features: its dropout draws there from a copy of the
     generator, so no other draw moves.
 

@@ -74,7 +74,7 @@ class MarginDisparity(LossTerm):
 
 
 class MDD(MethodCallback):
-    """MDD (Zhang et al. 2019, Bridging Theory and Algorithm for Domain Adaptation, section 4).
+    """MDD (Zhang et al. 2019, Bridging Theory and Algorithm for Domain Adaptation, section 4, eq. 30).
 
     The extra head is the term's own, discarded after training. The released code shifts 1 - p'_y by 1e-6 inside the
     logarithm; here log(1 - p'_y) is computed from the logits, exactly.

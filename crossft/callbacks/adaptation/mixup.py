@@ -81,7 +81,7 @@ def _digest(*parts: object) -> int:
 
 
 class InterDomainMixup(MethodCallback):
-    """Inter-domain mixup as in DomainBed (Xu et al. 2020; Yan et al. 2020).
+    """Inter-domain mixup as in DomainBed (Xu et al. 2020, eq. 1; Yan et al. 2020).
 
     It rewrites the batch before the forward: labeled source rows are blended with rows of other source domains of the
     same micro-batch, with one lam for the micro-batch. Other terms then see the blended rows under their first

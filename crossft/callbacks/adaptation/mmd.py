@@ -30,7 +30,7 @@ def _mmd(first: list[Tensor], second: list[Tensor], bandwidths: tuple[float, ...
 
 
 class MMD(MethodCallback):
-    """DAN (Long et al. 2015, Learning Transferable Features with Deep Adaptation Networks, section 3).
+    """DAN (Long et al. 2015, Learning Transferable Features with Deep Adaptation Networks, eq. 1 and 4).
 
     The squared maximum mean discrepancy under a sum of Gaussian kernels, summed over layers. The bandwidths are
     factors on the mean squared distance of the batch, without gradient, and all kernels count the same, as in the

@@ -24,7 +24,7 @@ NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class Tent(Callback):
-    """Tent (Wang et al. 2021, Fully Test-Time Adaptation by Entropy Minimization, section 3), online.
+    """Tent (Wang et al. 2021, Fully Test-Time Adaptation by Entropy Minimization, section 3.1), online.
 
     While a domain is tested, its rows are normalized with the statistics of their batch, and after each batch's
     prediction the scales and shifts of the norm layers take a step that lowers the mean entropy of the batch. It reads

@@ -40,7 +40,7 @@ class RiskVariance(LossTerm):
 
 
 class VREx(MethodCallback):
-    """VREx (Krueger et al. 2021, Out-of-Distribution Generalization via Risk Extrapolation: V-REx).
+    """VREx (Krueger et al. 2021, Out-of-Distribution Generalization via Risk Extrapolation, eq. 8).
 
     Objective: mean of the source risks + beta * their variance. The task loss is the mean over labeled rows, so it is
     the mean of the risks where every source has the same quota of a batch (``data.sampler: domain``) and only sources
