@@ -28,6 +28,7 @@ SECTIONS = {
     "peers": ("Beside the peers", "peers.py --steps 4 --rounds 2 --starts 0"),
     "memory": ("Start-up and memory beside the peers", "peers.py --steps 0 --starts 1"),
     "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2"),
+    "compile": ("torch.compile", "compiled.py"),
     "importance": ("Importance and penalties", "importance.py"),
     "compare": ("Comparing 500 run folders", "compare_folders.py"),
     "sharing": ("Six methods that share a source model", "shared_prefix.py --slots 1"),

@@ -40,7 +40,7 @@ L2SP = ["--methods.l2sp=crossft.callbacks.retention.L2SP", "--methods.l2sp.weigh
 ARMS: dict[str, list[str]] = {
     "probe": [*LABELED, FROZEN, *FREEZE],
     "source-only": [*UNLABELED, "--methods.dann=null"],
-    "dann": UNLABELED,
+    "dann": [*UNLABELED, "--methods.dann.weight=0.1"],  # how it was chosen: README.md
     "full": [*LABELED, FROZEN],
     "full-bn-training": [*LABELED, TRAINING],
     "l2sp": [*LABELED, FROZEN, *L2SP],
