@@ -12,6 +12,8 @@ from retention_cases import data_of, fit, images
 from tiny import flat
 from torch import nn
 
+from crossft.callbacks.caching import PrefixCache
+from crossft.callbacks.freezing import Freeze
 from crossft.callbacks.monitoring import Drift, stage_drift
 from crossft.callbacks.retention import EWC, L2SP, LwF
 from crossft.errors import ConfigError
@@ -104,6 +106,28 @@ def test_watching_logs_what_there_is_and_moves_nothing(root: Path) -> None:
     cka = kept.named("drift/features/cka")
     assert 0 < cka[3] < cka[1] < 1
     assert set(kept.named("source/probe/accuracy")) == {1, 3}
+
+
+def test_stored_prefixes_change_nothing_that_is_measured(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSFT_CACHE", str(tmp_path))
+
+    def logged(*cache: PrefixCache) -> dict[tuple[int, str], float]:
+        kept, drift = Kept(), Drift(rows=10, every_n_steps=2)
+        methods = {"freeze": Freeze(train_last=1), "ewc": EWC(50.0), "lwf": LwF()}
+        fit(data_of(root), methods, extra=(drift, *cache), logger=kept)
+        return {
+            (step, k): v
+            for step, row in kept.rows
+            for k, v in row.items()
+            if k.startswith(("drift/", "term/", "source/"))
+        }
+
+    plain = logged()
+    assert plain == pytest.approx(logged(PrefixCache()), rel=1e-4, abs=1e-6)
+    assert {"drift/features/cka", "drift/last/l2", "term/ewc/ratio", "source/probe/accuracy"} <= {k for _, k in plain}
+    assert list(tmp_path.rglob("*.json")), "prefixes were stored"
 
 
 def test_the_probe_is_the_sources_accuracy_on_its_rows(root: Path) -> None:
