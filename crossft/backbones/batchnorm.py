@@ -21,6 +21,7 @@ __all__ = [
     "freeze_statistics_",
     "reestimate_",
     "set_domains",
+    "with_domains",
     "without_statistics",
 ]
 
@@ -193,6 +194,45 @@ def set_domains(module: nn.Module, domains: Tensor | None) -> None:
     for layer in module.modules():
         if isinstance(layer, DomainBatchNorm):
             layer.domains = domains
+
+
+def with_domains(
+    module: nn.Module, state: Mapping[str, Tensor], now: Sequence[str], then: Sequence[str]
+) -> dict[str, Tensor]:
+    """A state dict in the form that ``module``'s per-domain layers take, from one of other domains or of none.
+
+    A domain that the state dict knows keeps its statistics; another starts with those the layer had before (the
+    pretrained ones, or of a plain layer its own), as one that was never trained on.
+
+    Args:
+        module: what the state dict is loaded into.
+        state: of the same network, with or without per-domain layers.
+        now: names of the module's domains, by id.
+        then: names of the state dict's.
+
+    Raises:
+        ConfigError: it has per-domain statistics, and ``module`` has not.
+    """
+    found = dict(state)
+    layers = {f"{name}.": m for name, m in module.named_modules() if isinstance(m, DomainBatchNorm)}
+    if not layers and any(f"{key.removesuffix('base.running_mean')}seen" in state for key in state):
+        raise ConfigError(
+            "it was trained with model.batchnorm=per_domain, and has no statistics for all; set it here too"
+        )
+    for prefix, layer in layers.items():
+        if f"{prefix}seen" not in state:
+            for key in layer.base.state_dict():
+                if f"{prefix}{key}" in found:
+                    found[f"{prefix}base.{key}"] = found.pop(f"{prefix}{key}")
+        for key in ("running_mean", "running_var", "seen"):
+            old, base = state.get(f"{prefix}{key}"), found.get(f"{prefix}base.{key}")
+            fresh = layer.seen.new_zeros(()) if key == "seen" else base
+            known = old is not None and f"{prefix}seen" in state
+            if fresh is not None:
+                found[f"{prefix}{key}"] = torch.stack(
+                    [old[then.index(n)] if known and n in then else fresh for n in now]  # type: ignore[index]
+                )
+    return found
 
 
 @torch.no_grad()

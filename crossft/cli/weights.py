@@ -8,9 +8,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from crossft.backbones.batchnorm import with_domains
 from crossft.callbacks.monitoring import AtomicCheckpointIO, latest_valid
 from crossft.callbacks.monitoring.checkpoint_io import check
-from crossft.errors import CheckpointError, CrossftError
+from crossft.errors import CheckpointError, ConfigError, CrossftError
 from crossft.runs import RunFolder, read_json
 from crossft.tasks import Task
 from crossft.types import Domain, head_of
@@ -104,7 +105,10 @@ def load_weights(task: Task, path: Path) -> frozenset[str]:
         if key not in loaded:
             wanted |= {f"heads.{key}.{k}": v for k, v in task.heads[key].state_dict().items()}
     try:
-        task.load_state_dict(wanted)
+        now, then = ([d.name for d in domains] for domains in (task.domains, theirs))
+        task.load_state_dict(with_domains(task, wanted, now, then))
+    except ConfigError as error:
+        raise CheckpointError(f"{path} does not fit this model: {error}") from error
     except CrossftError:
         raise
     except (RuntimeError, KeyError) as error:

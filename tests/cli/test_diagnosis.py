@@ -123,3 +123,28 @@ def test_frozen_statistics_cost_no_evaluation(fit: Callable[..., Path], monkeypa
     assert len(calls) == least > 0
     assert not (folder / "batchnorm.json").exists()
     assert not any("/batchnorm/" in k for k in RunFolder(folder).summary()["metrics"])
+
+
+def test_statistics_of_each_domain_go_on_from_any_run(fit: Callable[..., Path], capsys) -> None:
+    """From one set of statistics, from sets of other domains, and never to one set again."""
+    own = "--model.batchnorm=per_domain"
+    first = fit("own", own)
+    before, after = (RunFolder(first).summary()["metrics"][f"source/test/accuracy{x}"] for x in ("/before", ""))
+    assert (
+        before
+        == RunFolder(fit("frozen-too", "--model.batchnorm=frozen")).summary()["metrics"]["source/test/accuracy/before"]
+    )
+    state = load_checkpoint(first / "checkpoints" / "last.ckpt")["state_dict"]
+    mean, base = (state[f"backbone.middle.1.{name}running_mean"] for name in ("", "base."))
+    assert torch.equal(mean[0], base), "the source's statistics are those it was trained with"
+    assert not torch.equal(mean[1], base)
+    third = fit("third", own, f"--init={first}", "--data.source=sketch", "--data.target=art")
+    state = load_checkpoint(third / "checkpoints" / "last.ckpt")["state_dict"]
+    now = state["backbone.middle.1.running_mean"]
+    assert torch.equal(now[0], mean[1]), "the sketches' go on under their name"
+    assert not torch.equal(now[1], base)
+    assert state["backbone.middle.1.seen"].tolist()[1] > 0
+    with pytest.raises(AssertionError):
+        fit("back", "--model.batchnorm=training", f"--init={first}")
+    assert "model.batchnorm=per_domain, and has no statistics for all; set it here too" in capsys.readouterr().err
+    assert after > 0
