@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,7 +14,7 @@ from crossft.backbones import Backbone
 from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.caching.cuts import Cut, Value, values
 from crossft.callbacks.caching.filling import completed, joined
-from crossft.callbacks.caching.fingerprint import prefix_key
+from crossft.callbacks.caching.fingerprint import precision, prefix_key
 from crossft.callbacks.caching.store import Store
 from crossft.callbacks.caching.trust import VERIFIED, aside, differs, some, tolerance
 from crossft.tasks import Task
@@ -36,9 +37,9 @@ class _Network:
     """A constant network: its weights' version, the keys of its outputs, the sets of them that were verified."""
 
     version: int
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: dict[Any, str] = field(default_factory=dict)
     cuts: dict[tuple[str, ...], list[Cut]] = field(default_factory=dict)
-    verified: set[tuple[str, ...]] = field(default_factory=set)
+    verified: set[Any] = field(default_factory=set)
     refused: bool = False
 
 
@@ -74,9 +75,10 @@ class Constants:
             mine.cuts[capture] = _outputs(network, capture)
         cuts = mine.cuts[capture]
         stores = [self._store(mine, task, network, cut, batch.domains.device) for cut in cuts]
-        if capture not in mine.verified:
+        mark = (capture, precision(batch.domains.device))
+        if mark not in mine.verified:
             problem = self._verify(network, cuts, stores, batch, capture)
-            mine.verified.add(capture)
+            mine.verified.add(mark)
             if problem is not None:
                 mine.refused = True
                 self._tell(f"outputs of a teacher: {problem}; they are computed each time")
@@ -95,9 +97,10 @@ class Constants:
         return mine
 
     def _store(self, mine: _Network, task: Task, network: Backbone, cut: Cut, device: torch.device) -> Store:
-        if cut.name not in mine.keys:
-            mine.keys[cut.name] = key_of(task, network, cut, device, self._dtype)
-        return self._opened(mine.keys[cut.name], task, network, cut)
+        place = (cut.name, precision(device))
+        if place not in mine.keys:
+            mine.keys[place] = key_of(task, network, cut, device, self._dtype)
+        return self._opened(mine.keys[place], task, network, cut)
 
     def _read(
         self, network: Backbone, cuts: Sequence[Cut], stores: Sequence[Store], batch: Batch, keep: bool

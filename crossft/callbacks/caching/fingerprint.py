@@ -14,7 +14,7 @@ from torch import Tensor
 from crossft.backbones import Backbone
 from crossft.types import Stage
 
-__all__ = ["prefix_key", "prefix_tensors"]
+__all__ = ["precision", "prefix_key", "prefix_tensors"]
 
 FORMAT = 1
 """Changes when the stored form does."""
@@ -27,6 +27,11 @@ def prefix_tensors(stages: Sequence[Stage]) -> tuple[list[Tensor], list[Tensor]]
     return parameters, list(buffers.values())
 
 
+def precision(device: torch.device) -> torch.dtype | None:
+    """The type that autocast gives here and now, or None: a value depends on it as on the weights."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def prefix_key(backbone: Backbone, stages: Sequence[Stage], device: torch.device, *more: object) -> str:
     """Hash (24 hex digits) over weights and buffers, modules with their settings and modes, precision and versions.
 
@@ -37,8 +42,8 @@ def prefix_key(backbone: Backbone, stages: Sequence[Stage], device: torch.device
         more: plain values that also tell one prefix from another.
     """
     state = blake2b(digest_size=12)
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    facts: list[Any] = [FORMAT, torch.__version__, torchvision.__version__, PIL.__version__, device.type, autocast]
+    facts: list[Any] = [FORMAT, torch.__version__, torchvision.__version__, PIL.__version__]
+    facts += [device.type, precision(device)]
     facts += [more, type(backbone).__qualname__]
     facts.append({k: v for k, v in _settings(backbone).items() if k not in ("training", "checkpoint_grads")})
     for stage in stages:

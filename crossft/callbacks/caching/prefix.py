@@ -17,7 +17,7 @@ from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.caching.constants import Constants, key_of
 from crossft.callbacks.caching.cuts import Cut, Value, cuts
 from crossft.callbacks.caching.filling import completed, joined, real_rows
-from crossft.callbacks.caching.fingerprint import prefix_tensors
+from crossft.callbacks.caching.fingerprint import precision, prefix_tensors
 from crossft.callbacks.caching.memory import memory_folder
 from crossft.callbacks.caching.store import Budget, Store
 from crossft.callbacks.caching.trust import VERIFIED, aside, differs, some, tolerance
@@ -105,7 +105,7 @@ class PrefixCache(Callback):
         self._keys: dict[Any, tuple[Any, str]] = {}
         self._bad: set[str] = set()
         self._verified: set[tuple[str, bool]] = set()
-        self._changes: dict[frozenset[str], set[str]] = {}
+        self._changes: dict[Any, set[str]] = {}
         self._constants = Constants(self.dtype, self._opened, self._keep, self._tell)
         self._data = data
         self._bind()
@@ -134,11 +134,11 @@ class PrefixCache(Callback):
             found: Encoded = task.backbone(batch.inputs, capture=capture)
             return found
         self._watch(batch)
-        state = (task.frozen_stages, task.training, task.current_epoch, self._versions())
+        state = (task.frozen_stages, task.training, task.current_epoch, precision(batch.domains.device))
         try:
-            if state != self._state:
+            if (*state, self._versions()) != self._state:
                 self._look(task, batch)
-                self._state = (*state[:3], self._versions())
+                self._state = (*state, self._versions())
             encoded = self._encode(task, batch, capture)
         except OSError as error:
             self._drop(f"the cache cannot be used ({error})")
@@ -241,7 +241,7 @@ class PrefixCache(Callback):
                 reason = "a frozen stage is in training mode"
                 continue
             key = self._key(task, cut, batch.domains.device)
-            if key in self._bad or not self._may_change(task, cut, key):
+            if key in self._bad or not self._may_change(task, cut, key, batch.domains.device):
                 reason = "see the warning above"
                 continue
             self._cut, self._store = cut, self._opened(key, task, task.backbone, cut)
@@ -259,15 +259,16 @@ class PrefixCache(Callback):
         parameters, buffers = prefix_tensors(cut.below)
         bits = [b.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for b in buffers]
         written = (tuple((p.data_ptr(), p._version) for p in parameters), hash(b"".join(bits)), device)
-        former, key = self._keys.get((cut.name, len(cut.below)), (None, ""))
+        place = (cut.name, len(cut.below), precision(device))
+        former, key = self._keys.get(place, (None, ""))
         if former != written:
             key = key_of(task, task.backbone, cut, device, self.dtype)
-            self._keys[cut.name, len(cut.below)] = (written, key)
+            self._keys[place] = (written, key)
         return key
 
-    def _may_change(self, task: Task, cut: Cut, key: str) -> bool:
+    def _may_change(self, task: Task, cut: Cut, key: str, device: torch.device) -> bool:
         """Whether weights of a frozen prefix are new for a good reason: a store is not made for each evaluation."""
-        seen = self._changes.setdefault(frozenset(s.name for s in cut.below), set())
+        seen = self._changes.setdefault((frozenset(s.name for s in cut.below), precision(device)), set())
         if key in seen:
             return True
         if seen and not task.training:

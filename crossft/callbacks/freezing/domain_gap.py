@@ -86,5 +86,6 @@ class DomainGap(Callback):
         found: list[Tensor] = []
         for batch in one_pass(data, training_rows(data, role, limit=self.rows)):
             here = placed(batch, task)
-            found.append(task.model_step(here).features[here.domains >= 0])
+            with task.trainer.precision_plugin.val_step_context():
+                found.append(task.model_step(here).features[here.domains >= 0])
         return gather_rows(torch.cat(found))[0]

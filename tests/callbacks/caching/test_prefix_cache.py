@@ -19,8 +19,9 @@ from crossft.backbones import Adapted
 from crossft.callbacks.adaptation import CORAL, DANN
 from crossft.callbacks.base import MethodCallback
 from crossft.callbacks.caching import PrefixCache
-from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints
-from crossft.callbacks.retention import L2SP
+from crossft.callbacks.freezing import DomainGap, Freeze
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Drift
+from crossft.callbacks.retention import L2SP, LwF
 from crossft.data import dataset
 from crossft.runs import stored_prefixes
 from crossft.types import LateInputs, LossTerm
@@ -46,6 +47,27 @@ def test_weights_and_metrics_are_those_without_the_cache(images: Path, phases: A
     assert caches[1].misses == 0
     names = {0: {"features"}, 1: {"last"}, 2: {"middle"}}.get(phases if isinstance(phases, int) else -1)
     assert {p.stage for p in stored_prefixes()} == (names or {"features", "last", "middle"})
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_precision_has_values_of_its_own(images: Path, last: int) -> None:
+    """Mixed precision beside what looks at rows before and between epochs, then float32 on the same stores."""
+
+    def run(cache: PrefixCache | None, precision: str) -> Tensor:
+        watched = [Freeze(train_last=last), Drift(rows=4, every_n_steps=2), LwF(), DomainGap()]
+        methods = [*watched[:1], *([cache] if cache else []), *watched[1:]]  # in the order of a command's run
+        return flat(fit(image_data(images), None, None, methods=methods, precision=precision)[0])
+
+    plain = {precision: run(None, precision) for precision in ("bf16-mixed", "32-true")}
+    assert (plain["bf16-mixed"] - plain["32-true"]).abs().max() > 1e-5
+    for precision in ("bf16-mixed", "32-true", "bf16-mixed"):
+        cache = PrefixCache()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = run(cache, precision)
+        assert (found - plain[precision]).abs().max() < 1e-6, precision
+        assert cache.hits > 0
+        assert not warned(caught)
 
 
 @pytest.mark.parametrize("last", [0, 1, 3])
