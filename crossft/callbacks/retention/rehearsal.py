@@ -82,8 +82,8 @@ def chosen_rows(task: Task, data: Any, name: str, size: int | None, keep: Keep) 
 def seen_by(task: Task, data: Any, rows: Rows, read: Callable[[Batch], Tensor]) -> Tensor:
     """What ``read`` makes of these rows in evaluation mode, one pass cut over processes: [n, ...] on the CPU.
 
-    It runs in the run's precision, and float32 comes back. The order is that of ``rows``: domain by domain, as given. The
-    task's modes and generators are left as they were; it is moved to the device it trains on.
+    It runs in the run's precision, and float32 comes back. The order is that of ``rows``: domain by domain, as given.
+    The task's modes and generators are left as they were; it is moved to the device it trains on.
 
     Args:
         task: put in evaluation mode for the pass.
