@@ -18,6 +18,7 @@ from crossft.callbacks.retention import (
     BSS,
     DELTA,
     EWC,
+    L2SP,
     MAS,
     R3F,
     SI,
@@ -62,6 +63,7 @@ class Case:
 
 
 CASES = {
+    "l2sp": Case(lambda w: L2SP(w), 0.5),
     "ewc": Case(lambda w: EWC(w, chunk=5), 100.0),
     "ewc-sampled": Case(lambda w: EWC(w, labels="sampled", samples=20), 100.0),
     "ewc-empirical": Case(lambda w: EWC(w, labels="empirical"), 100.0),

@@ -50,6 +50,8 @@ class L2SPPenalty(WeightPenalty):
     @torch.no_grad()
     def add_grad_(self, weight: float) -> None:
         """Add alpha (w - w0) to the backbone's gradients and beta w to the heads'."""
+        if weight == 0.0:
+            return
         weights, anchors = self._pairs()
         add_pull_([_grad(p) for p in weights], weights, anchors, weight)
         own = [p for p in self._own if p.requires_grad]

@@ -126,22 +126,28 @@ def test_a_step_that_overflowed_adds_nothing() -> None:
 
 
 def test_si_reads_the_gradient_before_penalties(root: Path) -> None:
-    """With a strong L2-SP beside it, the first step's path is that of the run without: the same gradient and step."""
-    paths = []
-    for extra in ({}, {"a": L2SP(weight=50.0)}):
+    """A strong L2-SP beside it pulls from the second step on; the path is that of the loss's own gradient."""
 
-        class Reads(Callback):
-            def on_before_optimizer_step(self, trainer, task, optimizer) -> None:
-                self.loss_gradient = [p.grad.clone() for p in task.backbone.parameters()]
+    class Reads(Callback):
+        def __init__(self) -> None:
+            self.gradients: list[list[torch.Tensor]] = []
+            self.weights: list[list[torch.Tensor]] = []
 
-        reads, si = Reads(), SI()
-        _, task = fit(data_of(root), {**extra, "si": si}, extra=(reads,), max_steps=1)
-        term = task.attachments.penalties["si"]
-        moved = [p.detach() - term.anchor_of(n) for n, p in task.backbone.named_parameters()]
-        for (n, _), g, m in zip(task.backbone.named_parameters(), reads.loss_gradient, moved, strict=True):
-            assert torch.allclose(term.path_of(n), -g * m, atol=1e-7)
-        paths.append(torch.cat([term.path_of(n).flatten() for n in term.named]))
-    assert torch.equal(*paths)
+        def on_before_optimizer_step(self, trainer, task, optimizer) -> None:
+            self.gradients.append([p.grad.clone() for p in task.backbone.parameters()])
+            self.weights.append([p.detach().clone() for p in task.backbone.parameters()])
+
+    reads = Reads()
+    _, task = fit(data_of(root), {"a": L2SP(weight=5.0), "si": SI()}, extra=(reads,), max_steps=3)
+    term = task.attachments.penalties["si"]
+    ends = [*reads.weights[1:], [p.detach() for p in task.backbone.parameters()]]
+    steps = list(zip(reads.gradients, reads.weights, ends, strict=True))
+    assert len(steps) == 3
+    for i, (name, _) in enumerate(task.backbone.named_parameters()):
+        expected = -sum(g[i] * (after[i] - before[i]) for g, before, after in steps)
+        assert torch.allclose(term.path_of(name), expected, rtol=1e-4, atol=1e-9)
+        pulled = -sum((g[i] + 5 * (w[i] - reads.weights[0][i])) * (after[i] - w[i]) for g, w, after in steps)
+        assert not torch.allclose(expected, pulled, rtol=1e-2, atol=1e-8), "the pull would have been seen"
 
 
 def leg(root: Path, folder: Path, parent: Path | None, methods: dict[str, Callback], **kwargs):
