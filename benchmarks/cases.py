@@ -1,4 +1,5 @@
-"""The two cases that the benchmarks run: EfficientNet-lite0 on pacs-96 (photo), MiniLM on amazon4-airline (books)."""
+"""The two cases that the benchmarks run: EfficientNet-lite0 on pacs-96 (photo), MiniLM on amazon4-airline (books);
+and what `crossft fit` attaches to every run."""
 
 from __future__ import annotations
 
@@ -8,17 +9,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from crossft.backbones import Backbone, Timm, Transformer
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Drift, FiniteCheck, Ledger, RunLog, Stopping
+from crossft.cli.loggers import RunIdentity
+from crossft.cli.profiling import NoProfiler
 from crossft.data import DomainData
+from crossft.runs import RunFolder
 from crossft.tasks import Classification
 
-__all__ = ["BACKBONES", "ROOT", "Build", "make", "quiet", "text", "vision"]
+__all__ = ["BACKBONES", "ROOT", "Build", "in_a_run", "make", "quiet", "text", "vision"]
 
 ROOT = Path(os.environ.get("CROSSFT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 BACKBONES = ("EfficientNet-lite0", "MiniLM")
@@ -52,6 +59,18 @@ def make(build: Build, data: DomainData, last: int | None) -> Classification:
     if last is not None:
         task.train_stages(names[len(names) - last :])
     return task.train()
+
+
+@contextmanager
+def in_a_run(folder: Path) -> Iterator[tuple[list[pl.Callback], dict[str, Any]]]:
+    """Callbacks and settings of the Trainer that every run has, with a new folder; drift watches weights, no rows."""
+    RunFolder.create(folder)
+    with Stopping() as stopping:
+        kept = [Drift(rows=0), Ledger(folder), FiniteCheck(), RunIdentity(folder, ""), stopping]
+        yield (
+            [*kept, Checkpoints(folder, stopping=stopping)],
+            {"logger": RunLog(folder), "plugins": AtomicCheckpointIO(), "profiler": NoProfiler()},
+        )
 
 
 def quiet() -> None:

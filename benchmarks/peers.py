@@ -3,9 +3,10 @@
     python benchmarks/peers.py [--steps 8] [--batch 8] [--rounds 3] [--starts 3] [--wall]
 
 Each trains EfficientNet-lite0 on pacs-96 and MiniLM on amazon4-airline, in full, with the last two stages, and as a
-linear probe: the same backbone, head, batches and AdamW, from the same loader. They take turns in one process with one
-thread. `step` is the time from a batch's arrival to its end, `epoch` the time with loading, each as the median ratio to
-the loop's. `crossft + cache` reads what enters the first trainable stage from a warm cache.
+linear probe: the same backbone, head, batches and AdamW, from the same loader; crossft with all that a run of it keeps.
+They take turns in one process with one thread. `step` is the time from a batch's arrival to its end, `epoch` the time
+with loading, each as the median ratio to the loop's. `crossft + cache` reads what enters the first trainable stage from
+a warm cache.
 
 Then each starts in a process of its own: seconds to the end of the first step, and the largest memory after five full
 steps of 32 images (16 texts). The bound is 1.05 times the loop's memory for crossft. A peer that is not installed is
@@ -30,7 +31,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from cases import BACKBONES, Build, make, quiet, text, vision
+from cases import BACKBONES, Build, in_a_run, make, quiet, text, vision
 from timing import MISSING, clock, median_ratio, peak, take_turns
 
 # isort: split
@@ -249,8 +250,9 @@ def crossft(build: Build, data: Any, last: int | None, steps: int, watch: Watch,
     task = make(build, data, last)
     methods: list[Any] = [] if last is None else [Freeze(train_last=last)]
     methods += [PrefixCache()] if cache else []
-    settings = {"limit_train_batches": steps, "use_distributed_sampler": False}
-    trainer([*methods, Steps(watch)], **settings).fit(task, data)
+    more = {"limit_train_batches": steps, "use_distributed_sampler": False}
+    with tempfile.TemporaryDirectory() as folder, in_a_run(Path(folder) / "run") as (kept, settings):
+        trainer([*methods, *kept, Steps(watch)], **{**settings, **more}, enable_checkpointing=True).fit(task, data)
 
 
 PEERS = {

@@ -3,11 +3,11 @@
     python benchmarks/step_overhead.py [--pairs 20] [--steps 600]
 
 The net is 16 wide and linear, so nearly all of a step is bookkeeping. All three train the same net on the same
-batches with AdamW and a cosine schedule; crossft also keeps what every run of it keeps: mixed domains, named parameter
-groups, the logged loss, `metrics.csv` and checkpoints in a run folder, the ledger, the check for NaN, the drift, and
-the ear for signals. The three take turns in one process; the first steps of
-each turn are not counted, nor are the ends of a fit. The bounds are <= 1.3 for the ratio of the two extra costs, and
-<= 2.5 with DANN (a discriminator of 16 hidden units).
+batches with the fused AdamW and a cosine schedule; crossft also keeps what every run of it keeps: mixed domains, named
+parameter groups, the logged loss, `metrics.csv` and checkpoints in a run folder, the ledger, the check for NaN, the
+drift, and the ear for signals. The three take turns in one process; the first steps of each turn are not counted, nor
+are the ends of a fit. The bounds are <= 1.3 for the ratio of the two extra costs, and <= 2.5 with DANN (a discriminator
+of 16 hidden units).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
+from cases import in_a_run
 from timing import take_turns
 
 # isort: split
@@ -38,11 +39,7 @@ from torch.utils.data import DataLoader
 from crossft.backbones import Backbone
 from crossft.backbones.base import StagePlan
 from crossft.callbacks.adaptation import DANN
-from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Drift, FiniteCheck, Ledger, RunLog, Stopping
-from crossft.cli.loggers import RunIdentity
-from crossft.cli.profiling import NoProfiler
 from crossft.optim import Cosine
-from crossft.runs import RunFolder
 from crossft.tasks import Classification
 from crossft.types import Batch, Domain, Encoded, ImageSpec
 
@@ -87,7 +84,7 @@ class Bare(pl.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-4)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-4, fused=True)
         scheduler = scheduled(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -108,7 +105,7 @@ class Clock(pl.Callback):
 def loop(rows: Rows) -> float:
     """Seconds a step of the hand-written loop."""
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     scheduler = scheduled(optimizer, len(rows))
     start = 0.0
     for i, (x, y) in enumerate(rows):
@@ -154,12 +151,8 @@ def ours(batches: list[Batch], folder: Path, *methods: pl.Callback) -> float:
     labels = tuple("abcd")
     domains = [Domain("known", "source", labels=labels), Domain("new", "target", labels=labels)]
     task = Classification(LinearBackbone(), domains, schedule=Cosine())
-    RunFolder.create(folder)
-    settings = {"logger": RunLog(folder), "plugins": AtomicCheckpointIO(), "profiler": NoProfiler()}
-    kept = [Drift(rows=0), Ledger(folder), FiniteCheck(), RunIdentity(folder, "")]
-    with Stopping() as stopping:
-        callbacks = [*methods, *kept, stopping, Checkpoints(folder, stopping=stopping)]
-        return fit(task, batches, callbacks, **settings)
+    with in_a_run(folder) as (kept, settings):
+        return fit(task, batches, [*methods, *kept], **settings)
 
 
 def make_batches(steps: int) -> tuple[Rows, list[Batch]]:
