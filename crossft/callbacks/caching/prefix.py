@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -52,7 +54,8 @@ class PrefixCache(Callback):
     token ids, precision. So later runs and arms with the same prefix read it, and another prefix never does. The
     first batch at each cut runs four rows both ways, in training and in evaluation (two, where the batch is stored
     already); where the features differ by more than 1e-4 of the largest (2e-2 under bfloat16) the full path is used
-    and a warning says so.
+    and a warning says so. Not noticed are weights changed through ``.data`` within an epoch, and files replaced in
+    place under ``data.verify=off``.
 
     Args:
         where: ``disk`` keeps values under ``$CROSSFT_CACHE`` or ``~/.cache/crossft`` (see ``crossft cache ls``);
@@ -157,6 +160,8 @@ class PrefixCache(Callback):
 
     def _covers(self, task: Task, batch: Batch) -> bool:
         """Whether the batch is one of the data this cache knows, and its inputs are fixed."""
+        if not batch.keys and task.training:
+            self._tell("a method mixes the inputs of each step anew, so only evaluation is cached")
         if not batch.keys or task.trainer.datamodule is not self._data or self._data is None:  # type: ignore[attr-defined]
             return False
         if self._data.dataset is not self._rows:
@@ -220,12 +225,14 @@ class PrefixCache(Callback):
         store.shape(value.flat, value.mask is not None)
         store.write(batch.keys, *real_rows(batch, positions, value), postponed)
         if store.problem is not None:
-            self._tell(f"nothing more is stored: {store.problem}; what is not stored is computed each time")
+            problem = f"nothing more is stored: {store.problem}; what is not stored is computed each time"
+            self._tell(problem, everywhere=True)
         if self._budget.exceeded:
             self._tell(
                 f"the budget of {self.budget_gb:g} GB is used up under {self._budget.root}: samples that are not "
                 f"stored are computed each time. Raise methods.{self.name}.budget_gb, set dtype to bfloat16, or make "
-                "room with `crossft cache ls` and `crossft cache rm`"
+                "room with `crossft cache ls` and `crossft cache rm`",
+                everywhere=True,
             )
 
     # Where the cut is
@@ -297,15 +304,21 @@ class PrefixCache(Callback):
 
     def _drop(self, reason: str) -> None:
         """Do without the present cut."""
-        self._tell(f"{reason}; what it would hold is computed each time")
+        self._tell(f"{reason}; what it would hold is computed each time", everywhere=True)
         if self._store is not None:
             self._bad.add(self._store.folder.name)
         self._cut, self._store, self._state = None, None, None
         self._rows.postponed.zero_()
 
-    def _tell(self, message: str, warn: bool = True) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _tell(self, message: str, warn: bool = True, everywhere: bool = False) -> None:
+        """Say it once: in the first process, or in each that it happens to, whose rows or disk are its own."""
+        if message in self._told:
+            return
+        self._told.add(message)
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        if everywhere and rank:
+            warnings.warn(f"methods.{self.name} in process {rank}: {message}", stacklevel=2)
+        else:
             (rank_zero_warn if warn else rank_zero_info)(f"methods.{self.name}: {message}")
 
     # Trust
@@ -325,8 +338,9 @@ class PrefixCache(Callback):
             set_domains(task.backbone, few.domains)
             torch.manual_seed(0)
             full = task.backbone(few.inputs, capture=capture)
-            values = [cut.value(task.backbone, few, rows) for rows in halves]
-            store.shape(values[0].flat, values[0].mask is not None)
+            values = [] if built else [cut.value(task.backbone, few, rows) for rows in halves]
+            if values:
+                store.shape(values[0].flat, values[0].mask is not None)
             known = store.known(few.keys)
             if known.any():
                 value = self._complete(task, cut, store, few, known, keep=False)
