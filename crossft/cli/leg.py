@@ -187,6 +187,7 @@ class Leg:
         seed_everything(config.seed_everything, workers=True, verbose=False)
         task = build_task(self.settings, self.data)
         trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
+        task.known_heads = trained
         rows = self.data.describe()
         select = checked_metric("select", config.select.metric, task.domains, rows)
         checked_metric("trial.metric", config.trial.metric, task.domains, rows)

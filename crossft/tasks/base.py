@@ -88,12 +88,12 @@ class Task(LightningModule):
         self._spaces = {k: next(d for d in self.domains if self.head_keys[d.name] == k) for k in self.heads}
         self._roles = tuple(d.role for d in self.domains)
         self.trained_heads: frozenset[str] = frozenset(self.heads)
+        self.known_heads: frozenset[str] | None = None  # that an earlier run trained; None: nobody has said
         self.attachments = Attachments()
         self.evaluation = Evaluation(self.domains)
         self._make_optimizer = optimizer or _default_optimizer
         self.schedule = schedule or Constant()
-        self._head_multiplier = head_multiplier
-        self._layer_decay = layer_decay
+        self._head_multiplier, self._layer_decay = head_multiplier, layer_decay
         auto: BatchNormPolicy = "frozen" if backbone.pretrained else "training"
         self.batchnorm = auto if batchnorm == "auto" else batchnorm
         apply_batchnorm_policy(backbone, self.batchnorm, len(self.domains))

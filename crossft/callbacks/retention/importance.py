@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.retention.chain import run_before
+from crossft.callbacks.retention.teacher import check_known
 from crossft.data.passes import one_pass, placed, training_rows
 from crossft.errors import CheckpointError, ConfigError
 from crossft.functional.importance import FisherLabels, check_labels, fisher_cotangents, mas_cotangents
@@ -190,9 +191,12 @@ class Measure:
             known: domains to leave out, since earlier legs have measured them; where no other is left, all are read.
 
         Raises:
-            ConfigError: the label mode is not defined for the data's labels, or the data lacks the role.
+            ConfigError: the label mode is not defined for the data's labels, the data lacks the role, or nothing has
+                trained its head.
         """
         rows = training_rows(data, self.role, self.labels == "empirical", self.samples, known)
+        if self.role == "source":
+            check_known(task, {task.head_keys[task.domains[number].name] for number in rows}, "importance")
         heads = {id(p) for p in task.heads.parameters()}
         named = {n: p for n, p in task.backbone.named_parameters() if id(p) not in heads and p.is_floating_point()}
         totals = {n: torch.zeros(p.shape, device=p.device) for n, p in named.items()}

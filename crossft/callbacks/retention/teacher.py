@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -67,11 +67,24 @@ class TeacherTerm(LossTerm):
         return tuple(k for k in self.state_dict() if k.startswith("teacher."))
 
 
+def check_known(task: Task, keys: Iterable[str], what: str) -> None:
+    """Refuse a head that nothing has trained: its outputs are those of random weights.
+
+    Raises:
+        ConfigError: one of these heads is new in this run.
+    """
+    if task.known_heads is not None and not task.known_heads.issuperset(keys):
+        raise ConfigError(
+            f"{what} reads the source's head, which nothing has trained yet: fit the source first (source_leg: {{}}), "
+            "or start from a run that has (init)"
+        )
+
+
 def old_heads(task: Task, name: str) -> list[str]:
     """Keys of the heads of the source domains.
 
     Raises:
-        ConfigError: the run has no source domain, so no head knows anything yet.
+        ConfigError: the run has no source domain, or nothing has trained its head, so no head knows anything yet.
     """
     keys = list(dict.fromkeys(task.head_keys[d.name] for d in task.domains if d.role == "source"))
     if not keys:
@@ -79,4 +92,5 @@ def old_heads(task: Task, name: str) -> list[str]:
             f"methods.{name} holds the outputs of the source's head, and the run has no source domain; "
             "set data.source, or hold features instead (crossft.callbacks.retention.FeatureDistillation)"
         )
+    check_known(task, keys, f"methods.{name}")
     return keys

@@ -15,6 +15,7 @@ from crossft.callbacks.averaging import EMA
 from crossft.callbacks.freezing import Freeze
 from crossft.callbacks.retention import EWC
 from crossft.data import DomainData
+from crossft.errors import ConfigError
 from crossft.tasks import Classification
 
 TOGETHER = ["agem", "bss", "der", "drift", "ewc", "features-stages", "lwf", "mas", "mixout", "r3f", "si"]
@@ -99,3 +100,18 @@ def test_all_of_them_run_on_text(tmp_path: Path) -> None:
     trained(task, data, methods)
     assert torch.isfinite(flat(task)).all()
     assert float(task.attachments.penalties["ewc"].value()) > 0
+
+
+@pytest.mark.parametrize("name", ["ewc", "mas", "lwf", "der"])
+def test_what_holds_the_sources_head_needs_one_that_was_trained(root: Path, name: str) -> None:
+    def start(*known: str) -> None:
+        data = data_of(root)
+        task = Classification(TinyVision(), list(data.domains))
+        task.known_heads = frozenset(known)
+        trained(task, data, some([name]))
+
+    with pytest.raises(
+        ConfigError, match="reads the source's head, which nothing has trained yet: fit the source first"
+    ):
+        start()
+    start("photo")
