@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ __all__ = ["add_pull_"]
 
 BLOCK = 1 << 17
 """Elements worked on at a time on a CPU: what is between them stays in its cache."""
+GROUP = 1 << 22
+"""Elements that one call on a GPU works on (or one tensor that has more): its differences are no copy of the model."""
 
 
 @torch.no_grad()
@@ -34,13 +36,14 @@ def add_pull_(
     """
     if not gradients:
         return
-    if gradients[0].is_cuda:
-        pull = torch._foreach_sub(list(weights), list(starts))
-        if importance is not None:
-            torch._foreach_mul_(pull, list(importance))
-        torch._foreach_add_(list(gradients), pull, alpha=scale)
-        return
     factors: Sequence[Tensor | None] = [None] * len(gradients) if importance is None else importance
+    if gradients[0].is_cuda:
+        for first, last in _groups([g.numel() for g in gradients]):
+            pull = torch._foreach_sub(list(weights[first:last]), list(starts[first:last]))
+            if importance is not None:
+                torch._foreach_mul_(pull, list(importance[first:last]))
+            torch._foreach_add_(list(gradients[first:last]), pull, alpha=scale)
+        return
     for g, w, s, f in zip(gradients, weights, starts, factors, strict=True):
         whole = [g, w, s] if f is None else [g, w, s, f]
         flat = g.numel() > BLOCK and all(t.is_contiguous() for t in whole)
@@ -49,3 +52,14 @@ def add_pull_(
             if f is not None:
                 pull_part.mul_(parts[3])
             parts[0].add_(pull_part, alpha=scale)
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut into runs [first, last) of at most GROUP elements, or of one tensor."""
+    first = total = 0
+    for i, size in enumerate(sizes):
+        if i > first and total + size > GROUP:
+            yield first, i
+            first, total = i, 0
+        total += size
+    yield first, len(sizes)

@@ -14,7 +14,7 @@ from crossft.errors import ConfigError
 from crossft.tasks import Task
 from crossft.types import Batch, Encoded, HasBackbone, LossTerm
 
-__all__ = ["Teacher", "TeacherTerm", "old_heads"]
+__all__ = ["Teacher", "TeacherTerm", "check_known", "old_heads"]
 
 
 class Teacher(nn.Module):
