@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ class QuadraticPenalty(WeightPenalty):
     """weight/2 * sum of F_i (w_i - w_i^0)^2, outside the autograd graph, once an optimizer step.
 
     Anchors are the weights at construction, importance is zero until ``fill``. Both are constants: stored once a run.
-    Memory: anchors in the weights' dtype, importance in float32 (both in half under ``trainer.precision=*-true``, which
-    converts every tensor of the task), and nothing a step.
+    Memory: anchors in the weights' dtype, importance in float32 (under ``trainer.precision=*-true`` too, where half
+    would lose small values), and nothing a step.
 
     Args:
         parameters: by name within the backbone.
@@ -45,8 +45,20 @@ class QuadraticPenalty(WeightPenalty):
         for name, parameter in self.named.items():
             key = name.replace(".", "/")
             self.register_buffer(ANCHOR + key, parameter.detach().clone())
-            self.register_buffer(IMPORTANCE + key, torch.zeros(parameter.shape, device=parameter.device))
+            zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            self.register_buffer(IMPORTANCE + key, zeros)
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuadraticPenalty:
+        """Move all, but convert nothing else than anchors: a half of importance would be none where it is small."""
+        single = {n: b for n, b in self._buffers.items() if b is not None and not n.startswith(ANCHOR)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in single.items():
+            after = self._buffers[name]
+            assert after is not None
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
 
     @property
     def constants(self) -> tuple[str, ...]:

@@ -32,7 +32,8 @@ class PathPenalty(QuadraticPenalty):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         for name, parameter in self.named.items():
-            self.register_buffer(PATH + name.replace(".", "/"), torch.zeros(parameter.shape, device=parameter.device))
+            zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            self.register_buffer(PATH + name.replace(".", "/"), zeros)
         self._noted: list[tuple[str, Tensor, Tensor]] = []
 
     def path_of(self, name: str) -> Tensor:

@@ -14,6 +14,7 @@ from tiny import TinyVision, flat, text_domains
 from crossft.callbacks.averaging import EMA
 from crossft.callbacks.freezing import Freeze
 from crossft.callbacks.retention import EWC
+from crossft.callbacks.retention.quadratic import QuadraticPenalty
 from crossft.data import DomainData
 from crossft.errors import ConfigError
 from crossft.tasks import Classification
@@ -53,9 +54,16 @@ def test_all_of_them_run_in_half_precision(root: Path, precision: str) -> None:
     task = fit(data_of(root, target="flipped"), {**some(TOGETHER), "ema": EMA(0.5)}, precision=precision)[1]
     assert torch.isfinite(flat(task)).all()
     importance = task.attachments.penalties["ewc"].importance_of("last.0.weight")
-    assert importance.dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
+    assert importance.dtype == task.attachments.penalties["si"].path_of("last.0.weight").dtype == torch.float32
     single = fit(data_of(root, target="flipped"), some(["ewc"]), max_steps=1)[1].attachments.penalties["ewc"]
     assert float(importance.sum() / single.importance_of("last.0.weight").sum()) == pytest.approx(1, rel=0.05)
+
+
+def test_what_is_small_is_kept_under_half_precision() -> None:
+    penalty = QuadraticPenalty({"w": torch.nn.Parameter(torch.ones(2))})
+    penalty.fill({"w": torch.tensor([1e-8, 1.0])}, {})
+    assert penalty.half().importance_of("w").tolist() == pytest.approx([1e-8, 1.0])
+    assert penalty.anchor_of("w").dtype == torch.float16
 
 
 def test_all_of_them_run_with_statistics_a_domain(root: Path) -> None:
