@@ -35,9 +35,10 @@ from torch import nn
 
 from crossft.backbones import Timm
 from crossft.backbones.base import StagePlan
-from crossft.callbacks.adaptation import CDAN, CORAL, DANN, MCC, MMD, EntropyMinimization
+from crossft.callbacks.adaptation import CDAN, CORAL, DANN, MCC, MDD, MMD, EntropyMinimization, MeanTeacher
+from crossft.callbacks.averaging import EMA
 from crossft.callbacks.freezing import Freeze
-from crossft.callbacks.retention import L2SP, FeatureDistillation, LwF
+from crossft.callbacks.retention import EWC, L2SP, FeatureDistillation, LwF, Mixout
 from crossft.data import DomainData
 from crossft.tasks import Classification
 from crossft.types import Domain, Encoded
@@ -50,7 +51,12 @@ METHODS: dict[str, Any] = {
     "MMD": lambda: [MMD()],
     "MCC": lambda: [MCC()],
     "entropy": lambda: [EntropyMinimization()],
+    "MDD": lambda: [MDD()],
+    "mean teacher": lambda: [MeanTeacher()],
     "L2-SP": lambda: [L2SP()],
+    "EWC": lambda: [EWC(samples=16)],
+    "Mixout": lambda: [Mixout()],
+    "EMA": lambda: [EMA()],
     "LwF": lambda: [LwF()],
     "feature distillation": lambda: [FeatureDistillation()],
 }
