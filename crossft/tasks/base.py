@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,8 +47,7 @@ class Task(LightningModule):
         head_dropout: dropout before each head.
         batchnorm: policy for BatchNorm *statistics*. ``auto`` is ``frozen`` for a pretrained backbone (most of the
             forgetting of a fine-tuned CNN comes from its statistics) and ``training`` otherwise. The statistics of a
-            frozen stage never move while training; ``reestimated`` (AdaBN) trains as ``training``, and replaces all
-            for each validation and at the end of each epoch; training goes on with those it had.
+            frozen stage never move in training; ``reestimated`` (AdaBN) trains as ``training``, with others evaluated.
 
     Raises:
         ConfigError: no domains, or a setting out of range.
@@ -104,6 +104,10 @@ class Task(LightningModule):
         self.prefix: Prefix | None = None
         # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
         self._ddp_params_and_buffers_to_ignore: list[str] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning names its hooks in some forty places a step; a module would look whether each is a parameter."""
+        (super().__setattr__ if name != "_current_fx_name" else partial(object.__setattr__, self))(name, value)
 
     # -- what a kind of task defines ---------------------------------------------------------------------------
 
@@ -170,12 +174,10 @@ class Task(LightningModule):
         for key, domain in self._spaces.items():
             if not domain.fits(batch.targets):
                 continue  # this head's domains are in other batches
-            rows = batch.labeled & torch.isin(batch.domains, self._head_ids(key, batch.domains.device))
+            own = [batch.domains == i for i, d in enumerate(self.domains) if self.head_keys[d.name] == key]
+            rows = batch.labeled & torch.stack(own).any(0)
             total = total + self.per_sample_loss(logits[key], batch.targets, rows, domain).float()
         return total
-
-    def _head_ids(self, key: str, device: torch.device) -> Tensor:
-        return torch.tensor([i for i, d in enumerate(self.domains) if self.head_keys[d.name] == key], device=device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss plus every attached term times its weight; terms sum in name order."""
@@ -199,10 +201,7 @@ class Task(LightningModule):
         self.attachments.add_penalty_grads_(self.progress)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the model's gradients and each term's own separately, so a term cannot shrink the model's step."""
         if not gradient_clip_val:
@@ -226,8 +225,7 @@ class Task(LightningModule):
 
     def _evaluate(self, split: Literal["val", "test"], batch: Batch, dataloader_idx: int) -> StepOutput:
         name = self.trainer.datamodule.eval_domains(split)[dataloader_idx]  # type: ignore[attr-defined]
-        step = self.model_step(batch)
-        key = self.head_keys[name]
+        step, key = self.model_step(batch), self.head_keys[name]
         self.evaluation.update(name, self.predictions(step.logits[key], self._spaces[key]), step)
         return step
 
@@ -368,8 +366,9 @@ class Task(LightningModule):
         total = self._total_steps = finite_steps(self.trainer.estimated_stepping_batches)
         if type(self.schedule) is Constant and not self.schedule.warmup:
             return optimizer
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        factor = lru_cache(1)(lambda step: self.schedule(step, total))  # once a step, not once a group
+        scheduler = {"scheduler": LambdaLR(optimizer, lambda step: factor(step)), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Backbone and heads only: test, predict and a later leg need no method."""
