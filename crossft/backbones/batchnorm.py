@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ saved at a validation or at an epoch's end, has statistics computed anew by ``re
 inputs, in frozen stages too. ``reestimated_source``: likewise, from the sources'. With several processes ``training``,
 ``per_domain`` and ``reestimated`` normalize each process's own rows in training, as torch does, so their weights are
 those of its smaller batches; statistics computed anew are averaged over the batches of all processes."""
+
+
+_SEEN = "seen"
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -108,6 +111,17 @@ class DomainBatchNorm(nn.Module):
         self.register_buffer("running_mean", base.running_mean.detach().clone().repeat(domains, 1))
         self.register_buffer("running_var", base.running_var.detach().clone().repeat(domains, 1))
         self.register_buffer("seen", torch.zeros(domains, dtype=torch.long, device=base.running_mean.device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take a plain layer's state too: its statistics are those before any domain's."""
+        if f"{prefix}{_SEEN}" not in state_dict and f"{prefix}running_mean" in state_dict:
+            for key in list(self.base.state_dict()):
+                if f"{prefix}{key}" in state_dict:
+                    state_dict[f"{prefix}base.{key}"] = state_dict.pop(f"{prefix}{key}")
+            for key in ("running_mean", "running_var"):
+                state_dict[prefix + key] = state_dict[f"{prefix}base.{key}"].repeat(len(self.seen), 1)
+            state_dict[prefix + _SEEN] = torch.zeros_like(self.seen)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` [b, c, ...], each row by its domain.
@@ -199,14 +213,14 @@ def set_domains(module: nn.Module, domains: Tensor | None) -> None:
 def with_domains(
     module: nn.Module, state: Mapping[str, Tensor], now: Sequence[str], then: Sequence[str]
 ) -> dict[str, Tensor]:
-    """A state dict in the form that ``module``'s per-domain layers take, from one of other domains or of none.
+    """A state dict whose per-domain layers have the domains of ``module``, from one with others.
 
-    A domain that the state dict knows keeps its statistics; another starts with those the layer had before (the
-    pretrained ones, or of a plain layer its own), as one that was never trained on.
+    A domain that the state dict knows keeps its statistics; another starts with those the layer had before any, as one
+    that was never trained on. The state of plain layers is left alone: per-domain layers load that by themselves.
 
     Args:
         module: what the state dict is loaded into.
-        state: of the same network, with or without per-domain layers.
+        state: of the same network.
         now: names of the module's domains, by id.
         then: names of the state dict's.
 
@@ -214,24 +228,16 @@ def with_domains(
         ConfigError: it has per-domain statistics, and ``module`` has not.
     """
     found = dict(state)
-    layers = {f"{name}.": m for name, m in module.named_modules() if isinstance(m, DomainBatchNorm)}
-    if not layers and any(f"{key.removesuffix('base.running_mean')}seen" in state for key in state):
+    layers = [key.removesuffix(_SEEN) for key in state if key.endswith(f".{_SEEN}")]
+    layers = [prefix for prefix in layers if f"{prefix}base.running_mean" in state]
+    if layers and not any(isinstance(m, DomainBatchNorm) for m in module.modules()):
         raise ConfigError(
             "it was trained with model.batchnorm=per_domain, and has no statistics for all; set it here too"
         )
-    for prefix, layer in layers.items():
-        if f"{prefix}seen" not in state:
-            for key in layer.base.state_dict():
-                if f"{prefix}{key}" in found:
-                    found[f"{prefix}base.{key}"] = found.pop(f"{prefix}{key}")
-        for key in ("running_mean", "running_var", "seen"):
-            old, base = state.get(f"{prefix}{key}"), found.get(f"{prefix}base.{key}")
-            fresh = layer.seen.new_zeros(()) if key == "seen" else base
-            known = old is not None and f"{prefix}seen" in state
-            if fresh is not None:
-                found[f"{prefix}{key}"] = torch.stack(
-                    [old[then.index(n)] if known and n in then else fresh for n in now]  # type: ignore[index]
-                )
+    for prefix in layers:
+        for key in ("running_mean", "running_var", _SEEN):
+            old, fresh = state[prefix + key], state.get(f"{prefix}base.{key}", torch.zeros((), dtype=torch.long))
+            found[prefix + key] = torch.stack([old[then.index(n)] if n in then else fresh.to(old.device) for n in now])
     return found
 
 

@@ -55,13 +55,13 @@ class ImageCache:
     """Images by row, up to a number of bytes; what does not fit is decoded again each time.
 
     Attributes:
-        images: decoded, 8-bit, of rows that are augmented anew each time.
-        inputs: ready for the backbone, of rows that are seen without augmentation.
+        images: decoded, 8-bit.
+        inputs: ready for the backbone, of rows that nothing augments.
         left: bytes that are free.
     """
 
     def __init__(self, budget: int) -> None:
-        self.left = budget
+        self.budget = self.left = budget
         self.images: dict[int, NDArray[np.uint8]] = {}
         self.inputs: dict[int, Tensor] = {}
 
@@ -77,10 +77,12 @@ class ImageCache:
                 self.images[row] = np.asarray(image)
         return image
 
-    def put(self, row: int, value: Tensor) -> None:
-        """Keep the row's input as evaluation sees it, where it fits; nobody changes it."""
-        if (size := value.numel() * value.element_size()) <= self.left:
-            self.left -= size
+    def put(self, row: int, value: Tensor, rows: int) -> None:
+        """Keep the row's input as evaluation sees it instead of the decoded image, where those of all ``rows`` fit."""
+        size = value.numel() * value.element_size()
+        if rows * size <= self.budget:
+            image = self.images.pop(row, None)
+            self.left += (0 if image is None else image.nbytes) - size
             self.inputs[row] = value
 
 
@@ -171,7 +173,7 @@ class Rows(Dataset[Item]):
         source: Any = f"row {key.row}"
         try:
             source = self.inputs[key.row]
-            image = open_image(source) if fixed or self.cache is None else self.cache.get(key.row, source)
+            image = open_image(source) if self.cache is None else self.cache.get(key.row, source)
         except Exception as error:  # whatever a data set or decoder raises
             raise DataError(
                 f"{source}: unreadable image: {error}; check it before training with data.verify"
@@ -180,8 +182,8 @@ class Rows(Dataset[Item]):
             return image
         if fixed:
             made = self.evaluate(image)
-            if self.cache is not None:
-                self.cache.put(key.row, made)
+            if self.cache is not None and self.views == 0:
+                self.cache.put(key.row, made, len(self))
             return made
         draw = key.draw % self.views if self.views else key.draw
         with seeded(digest(self.seed, "augment", draw, self.sample_ids[key.row], view)):

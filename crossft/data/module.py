@@ -90,7 +90,7 @@ class DomainData(pl.LightningDataModule):
         image_size: height and width of images. Default: the backbone's.
         max_length: most tokens of a text. Default: the backbone's.
         length_window: optimizer steps whose texts are sorted by length together; 0 keeps the plain order.
-        cache_images: keep images in memory, up to 1 GiB a process: decoded, or, where nothing augments them, ready.
+        cache_images: keep images in memory, up to 1 GiB a process: decoded, or ready if nothing augments and all fit.
         inputs: files or folders to predict: images, or tables with the same columns. No other command reads it.
         num_workers: processes that load data; batches do not depend on it.
 

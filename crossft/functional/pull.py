@@ -40,18 +40,18 @@ def add_pull_(
     if gradients[0].is_cuda:
         for first, last in _groups([g.numel() for g in gradients]):
             pull = torch._foreach_sub(list(weights[first:last]), list(starts[first:last]))
-            if importance is not None:
-                torch._foreach_mul_(pull, list(importance[first:last]))
-            torch._foreach_add_(list(gradients[first:last]), pull, alpha=scale)
+            if importance is not None:  # out of place: half times float32 is float32
+                pull = torch._foreach_mul(pull, list(importance[first:last]))
+            torch._foreach_mul_(pull, scale)
+            torch._foreach_add_(list(gradients[first:last]), pull)
         return
     for g, w, s, f in zip(gradients, weights, starts, factors, strict=True):
         whole = [g, w, s] if f is None else [g, w, s, f]
         flat = g.numel() > BLOCK and all(t.is_contiguous() for t in whole)
         for parts in zip(*(t.view(-1).split(BLOCK) if flat else (t,) for t in whole), strict=True):
-            pull_part = parts[1] - parts[2]
-            if f is not None:
-                pull_part.mul_(parts[3])
-            parts[0].add_(pull_part, alpha=scale)
+            pull = parts[1] - parts[2]
+            pull = pull if f is None else pull * parts[3] if pull.dtype != f.dtype else pull.mul_(parts[3])
+            parts[0].add_(pull.mul_(scale))
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -357,12 +357,10 @@ class Task(LightningModule):
         optimizer = self._make_optimizer(groups)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
-            if self._make_optimizer is not _default_optimizer:
-                raise ConfigError(
-                    "model.optimizer with fused=true unscales gradients by itself under fp16, after penalties and "
-                    "clipping have seen them scaled; set fused: false, or trainer.precision to bf16-mixed"
-                )
-            optimizer = torch.optim.AdamW(groups, lr=3e-4)
+            # A fused step would unscale fp16 gradients by itself, after penalties and clipping have seen them scaled.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+            for group in (optimizer.defaults, *optimizer.param_groups):
+                group["fused"] = None
         total = self._total_steps = finite_steps(self.trainer.estimated_stepping_batches)
         if type(self.schedule) is Constant and not self.schedule.warmup:
             return optimizer

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from backbones.tiny_models import images, tiny_timm
+from tiny import TinyVision
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from crossft.backbones import (
+    Adapted,
     DomainBatchNorm,
     apply_batchnorm_policy,
     batch_norms,
@@ -19,7 +21,7 @@ from crossft.backbones import (
     reestimate_,
     set_domains,
 )
-from crossft.backbones.batchnorm import without_statistics
+from crossft.backbones.batchnorm import with_domains, without_statistics
 from crossft.errors import BackboneError, ConfigError
 
 
@@ -252,3 +254,22 @@ def test_without_statistics_moves_nothing() -> None:
     torch.testing.assert_close(y[0], column(-1.0, 1.0), atol=1e-4, rtol=0)
     assert all(torch.equal(a, b) for a, b in zip(before, [b for layer in (plain, domain) for b in layer.buffers()]))
     assert plain.momentum == domain.base.momentum == 0.1
+
+
+@pytest.mark.parametrize("policy", ["frozen", "per_domain"])
+def test_adapters_with_statistics_of_each_domain_start_from_a_plain_backbone(policy: str) -> None:
+    plain, adapted = TinyVision(batchnorm=True), Adapted(TinyVision(batchnorm=True), rank=2)
+    apply_batchnorm_policy(plain, policy, 1)
+    apply_batchnorm_policy(adapted, "per_domain", 2)
+    for layer in batch_norms(plain):
+        torch.nn.init.uniform_(layer.running_mean)
+    state = with_domains(adapted, plain.state_dict(), ["new", "old"], ["old"])
+    adapted.load_state_dict(state)
+    ours = dict(adapted.named_modules())["inner.middle.1"]
+    theirs = dict(plain.named_modules())["middle.1"]
+    old = theirs.running_mean[0] if policy == "per_domain" else theirs.running_mean
+    base = theirs.base.running_mean if policy == "per_domain" else theirs.running_mean
+    assert torch.equal(ours.running_mean[1], old)
+    assert torch.equal(ours.running_mean[0], base)
+    assert torch.equal(ours.base.running_mean, base)
+    assert ours.seen.tolist() == [0, 0]

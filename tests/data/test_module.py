@@ -5,8 +5,10 @@ import os
 import random
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ from torch import Tensor
 
 from crossft.callbacks.monitoring import Stopping
 from crossft.data import DomainData, dataset
-from crossft.data.images import open_image
 from crossft.errors import ConfigError, DataError, Interrupted, SplitError
 from crossft.types import Batch, TextSpec
 
@@ -82,16 +83,25 @@ def test_augmentation_follows_seed_and_draw(images, image_spec):
     assert all(torch.equal(plain[0, i], plain[1, i]) for e, i in plain if e == 0)
 
 
-def test_an_image_that_nothing_augments_is_made_once(images, image_spec, monkeypatch) -> None:
-    def pixels(**kw) -> list[Tensor]:
-        loader = both(images, image_spec, augment="none", **kw).train_dataloader()
-        return [batch.inputs["pixel_values"] for _ in range(2) for batch in loader]
+def test_images_that_nothing_augments_are_made_once_where_all_fit(images, image_spec, monkeypatch) -> None:
+    monkeypatch.setattr("crossft.data.module.CACHE_BYTES", 100_000)
 
-    expected, opened = pixels(cache_images=False), []
-    monkeypatch.setattr("crossft.data.dataset.open_image", lambda source: opened.append(source) or open_image(source))
-    for one, other in zip(pixels(), expected, strict=True):
-        assert torch.equal(one, other)
-    assert len(opened) == len(set(opened)) > 10
+    def passes(size: int, augment: str = "none", **kw) -> tuple[list[Tensor], list[Any], Any]:
+        data = both(images, replace(image_spec, size=(size, size)), augment=augment, **kw)
+        made, make = [], data.dataset.evaluate
+        data.dataset.evaluate = lambda image: made.append(np.asarray(image).tobytes()) or make(image)
+        loader = data.train_dataloader()
+        return [b.inputs["pixel_values"] for _ in range(2) for b in loader], made, data.dataset.cache
+
+    for size, once in ((4, True), (64, False)):  # 120 images of 8 x 8: 23 kB decoded; ready 23 kB, and 5.9 MB
+        expected, many, _ = passes(size, cache_images=False)
+        found, made, cache = passes(size)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert len(made) == (len(cache.inputs) if once else len(many))
+        assert len(cache.inputs if once else cache.images) > 60
+        held = sum(x.nbytes for x in cache.images.values()) + sum(4 * x.numel() for x in cache.inputs.values())
+        assert cache.left == 100_000 - held
+    assert not passes(4, "light")[2].inputs, "an augmented run keeps what it augments"
 
 
 def test_a_batch_states_exact_quotas_and_labels(images, image_spec):

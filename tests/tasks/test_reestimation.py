@@ -169,10 +169,11 @@ def test_permuting_the_labels_of_the_target_changes_no_bit(tmp_path: Path) -> No
     """Neither of the weights, nor of the statistics, nor when a stop by a label-free score ends the fit."""
     root, ends = image_domains(tmp_path / "data", each=32), []
     for folder in (root, permute_labels(root, tmp_path / "permuted")):
-        stop = EarlyStopping("target/val/infomax", mode="max", patience=1, min_delta=10.0)
+        stop = EarlyStopping("target/val/infomax", mode="max", patience=2, min_delta=0.01)
         task = fit(folder, None, Scores(), stop, max_epochs=30)
-        ends.append((task.trainer.global_step, task.state_dict()))
+        ends.append((task.trainer.global_step, task.state_dict(), stop.best_score))
     assert ends[0][0] == ends[1][0] < 30 * task.trainer.num_training_batches
+    assert ends[0][2] == ends[1][2]
     for name, value in ends[0][1].items():
         assert torch.equal(ends[1][1][name], value), name
 

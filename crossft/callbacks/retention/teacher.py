@@ -73,9 +73,11 @@ def check_known(task: Task, keys: Iterable[str], what: str) -> None:
     Raises:
         ConfigError: one of these heads is new in this run.
     """
-    if task.known_heads is not None and not task.known_heads.issuperset(keys):
+    new = set() if task.known_heads is None else {*keys} - task.known_heads
+    if new:
+        names = ", ".join(d.name for d in task.domains if task.head_keys[d.name] in new)
         raise ConfigError(
-            f"{what} reads the source's head, which nothing has trained yet: fit the source first (source_leg: {{}}), "
+            f"{what} reads the head of {names}, which nothing has trained yet: fit the source first (source_leg: {{}}), "
             "or start from a run that has (init)"
         )
 

@@ -62,8 +62,12 @@ def test_all_of_them_run_in_half_precision(root: Path, precision: str) -> None:
 def test_what_is_small_is_kept_under_half_precision() -> None:
     penalty = QuadraticPenalty({"w": torch.nn.Parameter(torch.ones(2))})
     penalty.fill({"w": torch.tensor([1e-8, 1.0])}, {})
+    weight = penalty.named["w"]
     assert penalty.half().importance_of("w").tolist() == pytest.approx([1e-8, 1.0])
     assert penalty.anchor_of("w").dtype == torch.float16
+    weight.data = torch.full((2,), 1.5).half()
+    penalty.add_grad_(1e6)
+    assert weight.grad.tolist() == pytest.approx([5e-3, float("inf")], rel=1e-3)
 
 
 def test_all_of_them_run_with_statistics_a_domain(root: Path) -> None:
@@ -119,7 +123,7 @@ def test_what_holds_the_sources_head_needs_one_that_was_trained(root: Path, name
         trained(task, data, some([name]))
 
     with pytest.raises(
-        ConfigError, match="reads the source's head, which nothing has trained yet: fit the source first"
+        ConfigError, match="reads the head of photo.*, which nothing has trained yet: fit the source first"
     ):
         start()
     start("photo")
