@@ -77,8 +77,8 @@ def check_known(task: Task, keys: Iterable[str], what: str) -> None:
     if new:
         names = ", ".join(d.name for d in task.domains if task.head_keys[d.name] in new)
         raise ConfigError(
-            f"{what} reads the head of {names}, which nothing has trained yet: fit the source first (source_leg: "
-            "{}), or start from a run that has (init)"
+            f"{what} reads the head of {names}, which nothing has trained yet: "
+            "fit the source first (source_leg: {}), or start from a run that has (init)"
         )
 
 
