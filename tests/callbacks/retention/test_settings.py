@@ -123,7 +123,7 @@ def test_what_holds_the_sources_head_needs_one_that_was_trained(root: Path, name
         trained(task, data, some([name]))
 
     with pytest.raises(
-        ConfigError, match="reads the head of photo.*, which nothing has trained yet: fit the source first"
+        ConfigError, match=r"reads the head of photo.*, which nothing has trained yet: fit the source first"
     ):
         start()
     start("photo")
