@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,7 +94,8 @@ def seen_by(task: Task, data: Any, rows: Rows, read: Callable[[Batch], Tensor]) 
     """
     task.to(task.device)
     found: dict[int, Tensor] = {}
-    with evaluating(task), task.trainer.precision_plugin.val_step_context():
+    run = task._trainer  # None outside of a run
+    with evaluating(task), run.precision_plugin.val_step_context() if run is not None else nullcontext():
         for batch in one_pass(data, rows):
             batch = placed(batch, task.backbone)
             values = read(batch).float().cpu()
