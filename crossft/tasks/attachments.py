@@ -25,6 +25,7 @@ class Attachments(nn.Module):
     Attributes:
         named_terms: loss terms in name order.
         named_penalties: weight penalties in name order.
+        needs_stages: stages whose outputs the attached terms read.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Attachments(nn.Module):
         self.weights: dict[str, Weight] = {}
         self.named_terms: list[tuple[str, LossTerm]] = []
         self.named_penalties: list[tuple[str, WeightPenalty]] = []
+        self.needs_stages: tuple[str, ...] = ()
         self.watched: dict[str, Tensor] | None = None  # a dict asks the next step for its parts, weighted, with graph
         self.anchors: Any = None  # where constant tensors go; None keeps them inside the checkpoint
 
@@ -61,16 +63,12 @@ class Attachments(nn.Module):
         self.weights[name] = weight
         self.named_terms = sorted(cast("dict[str, LossTerm]", dict(self.terms.items())).items())
         self.named_penalties = sorted(cast("dict[str, WeightPenalty]", dict(self.penalties.items())).items())
+        self.needs_stages = tuple(sorted({stage for _, term in self.named_terms for stage in term.needs_stages}))
 
     def weight(self, name: str, progress: float) -> float:
         """The method's weight at this share of training."""
         weight = self.weights[name]
         return weight(progress) if callable(weight) else weight
-
-    @property
-    def needs_stages(self) -> tuple[str, ...]:
-        """Stages whose outputs the attached terms read."""
-        return tuple(sorted({stage for _, term in self.named_terms for stage in term.needs_stages}))
 
     @property
     def trains_source_head(self) -> bool:

@@ -181,24 +181,26 @@ class Task(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss plus every attached term times its weight; terms sum in name order."""
-        if batch.step >= 0 and batch.step != self.trainer.global_step:
+        now = self.trainer.global_step
+        if batch.step >= 0 and batch.step != now:
             raise TrainingError(
                 f"data and clock are out of step: the batch belongs to optimizer step {batch.step}, "
-                f"the trainer is at {self.trainer.global_step}; rows would be skipped or repeated"
+                f"the trainer is at {now}; rows would be skipped or repeated"
             )
         step = self.model_step(self.attachments.transform(batch, self.progress))
         quota = batch.labeled_quota or float(max(1, len(batch)))
         task_loss = step.per_sample_loss.sum() / quota
         loss, values = self.attachments.add_terms(task_loss, step, self)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if (now + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             logs = {"train/loss": task_loss.detach(), **self.attachments.logs(values, step.progress)}
             self.log_dict(logs, batch_size=1, sync_dist=self.trainer.world_size > 1)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Project the gradients, then add the weight penalties' own: once per optimizer step, all-reduced, unscaled."""
-        self.attachments.project_grads_(self, self.progress)
-        self.attachments.add_penalty_grads_(self.progress)
+        if self.attachments.projections or self.attachments.penalties:
+            self.attachments.project_grads_(self, self.progress)
+            self.attachments.add_penalty_grads_(self.progress)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -89,7 +89,7 @@ class Classification(Task):
 
     def per_sample_loss(self, logits: Tensor, targets: Tensor, rows: Tensor, domain: Domain) -> Tensor:
         """Cross-entropy of each row, [b]; for multilabel the mean over labels of the binary cross-entropy."""
-        weights: Tensor | None = getattr(self, f"_weights_{self.head_keys[domain.name]}", None)
+        weights = self._buffers.get(f"_weights_{self.head_keys[domain.name]}")
         if domain.kind == "multilabel":
             clean = targets.masked_fill(~rows.unsqueeze(1), 0.0)
             smooth = clean * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
