@@ -101,6 +101,9 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when due; at the last batch, or before a validation, the save waits until that is done."""
+        told = self._pending or self.stopping.received is not None
+        if trainer.world_size == 1 and not (told or self._due(trainer.global_step)):
+            return
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if loop._should_accumulate() or _ends_epoch(trainer):
             return
