@@ -187,12 +187,13 @@ class Task(LightningModule):
                 f"data and clock are out of step: the batch belongs to optimizer step {batch.step}, "
                 f"the trainer is at {now}; rows would be skipped or repeated"
             )
-        step = self.model_step(self.attachments.transform(batch, self.progress))
+        attached = self.attachments
+        step = self.model_step(attached.transform(batch, self.progress) if attached.named_terms else batch)
         quota = batch.labeled_quota or float(max(1, len(batch)))
         task_loss = step.per_sample_loss.sum() / quota
-        loss, values = self.attachments.add_terms(task_loss, step, self)
+        loss, values = attached.add_terms(task_loss, step, self)
         if (now + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            logs = {"train/loss": task_loss.detach(), **self.attachments.logs(values, step.progress)}
+            logs = {"train/loss": task_loss.detach(), **attached.logs(values, step.progress)}
             self.log_dict(logs, batch_size=1, sync_dist=self.trainer.world_size > 1)
         return loss
 

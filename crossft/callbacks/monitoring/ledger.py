@@ -79,7 +79,7 @@ class Ledger(Callback):
         if batch_idx % trainer.accumulate_grad_batches or not isinstance(pl_module, Task):
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        seen = [getattr(pl_module.schedule, "start", 0), sum(p.requires_grad for g in groups for p in g["params"])]
+        seen = [getattr(pl_module.schedule, "start", 0), sum([p.requires_grad for g in groups for p in g["params"]])]
         if seen == self._seen:
             return
         self._seen = seen
