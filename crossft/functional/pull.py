@@ -50,7 +50,8 @@ def add_pull_(
         flat = g.numel() > BLOCK and all(t.is_contiguous() for t in whole)
         for parts in zip(*(t.view(-1).split(BLOCK) if flat else (t,) for t in whole), strict=True):
             pull = parts[1] - parts[2]
-            pull = pull if f is None else pull * parts[3] if pull.dtype != f.dtype else pull.mul_(parts[3])
+            if f is not None:  # half times float32 is float32, which a half cannot hold in place
+                pull = pull.mul_(parts[3]) if pull.dtype == f.dtype else pull * parts[3]
             parts[0].add_(pull.mul_(scale))
 
 

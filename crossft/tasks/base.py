@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -107,7 +107,7 @@ class Task(LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Lightning names its hooks in some forty places a step; a module would look whether each is a parameter."""
-        (super().__setattr__ if name != "_current_fx_name" else partial(object.__setattr__, self))(name, value)
+        (super().__setattr__ if name != "_current_fx_name" else self.__dict__.__setitem__)(name, value)
 
     # -- what a kind of task defines ---------------------------------------------------------------------------
 

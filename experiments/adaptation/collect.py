@@ -61,7 +61,7 @@ def table(rows: pd.DataFrame) -> str:
     lines = [f"| arm | runs | selected | minus {arms[0]} | oracle | regret |", "|---|---|---|---|---|---|"]
     for arm in arms:
         some = rows[rows["arm"] == arm]
-        base = BASES.get(arm, arms[0]) if BASES.get(arm) in selected else arms[0]
+        base = BASES[arm] if BASES.get(arm) in selected else arms[0]
         versus = compare_paired(selected[arm], selected[base]) if arm != base else None
         less = f"{100 * versus.difference.mean:+.1f} ± {100 * versus.difference.half:.1f}" if versus else ""
         less += f" (minus {base})" if base != arms[0] else ""
