@@ -19,7 +19,6 @@ import torch
 
 from crossft.backbones import Backbone, Timm, Transformer
 from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints, Drift, FiniteCheck, Ledger, RunLog, Stopping
-from crossft.cli.loggers import RunIdentity
 from crossft.cli.profiling import NoProfiler
 from crossft.data import DomainData
 from crossft.runs import RunFolder
@@ -66,7 +65,7 @@ def in_a_run(folder: Path) -> Iterator[tuple[list[pl.Callback], dict[str, Any]]]
     """Callbacks and settings of the Trainer that every run has, with a new folder; drift watches weights, no rows."""
     RunFolder.create(folder)
     with Stopping() as stopping:
-        kept = [Drift(rows=0), Ledger(folder), FiniteCheck(), RunIdentity(folder, ""), stopping]
+        kept = [Drift(rows=0), Ledger(folder), FiniteCheck(), stopping]
         yield (
             [*kept, Checkpoints(folder, stopping=stopping)],
             {"logger": RunLog(folder), "plugins": AtomicCheckpointIO(), "profiler": NoProfiler()},

@@ -31,7 +31,7 @@ from crossft.callbacks.monitoring.scores import Scores
 from crossft.cli.before import keep_before, read_before, shared_before
 from crossft.cli.diagnosis import PARTS, Diagnosis, diagnose, sentence
 from crossft.cli.launch import Launch
-from crossft.cli.loggers import RunIdentity, close_wandb, wandb_logger, wandb_mode
+from crossft.cli.loggers import close_wandb, wandb_logger, wandb_mode
 from crossft.cli.parser import Settings
 from crossft.cli.profiling import NoProfiler
 from crossft.cli.progress import ProgressBar, progress
@@ -277,13 +277,13 @@ class Leg:
                 Ledger(self.folder.path),
                 FiniteCheck(),
                 bar,
-                RunIdentity(self.folder.path, run_id),
                 self.stopping,
                 Checkpoints(
                     self.folder.path,
                     **dict(config.checkpoints),
                     monitor=select,
                     mode="max" if select is None or higher_is_better(select) else "min",
+                    wandb_id=run_id,
                     stopping=self.stopping,
                 ),
             ],
@@ -319,8 +319,8 @@ class Leg:
         if self.resume is None:
             return 0, known
         saved = load_checkpoint(self.resume)
-        identity = saved["callbacks"].get("RunIdentity") or {}
-        return int(saved["global_step"]), str(identity.get("wandb_id") or known)
+        state = saved["callbacks"].get("Checkpoints") or {}
+        return int(saved["global_step"]), str(state.get("wandb_id") or known)
 
 
 def _pruning(trial: Any) -> list[Callback]:

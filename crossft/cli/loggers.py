@@ -6,10 +6,8 @@ import os
 import re
 import secrets
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from crossft.cli.options import WandbOptions
@@ -17,7 +15,7 @@ from crossft.cli.tracking import log_inputs, log_outputs
 from crossft.cli.wandb_key import has_key
 from crossft.runs import RunFolder
 
-__all__ = ["RunIdentity", "close_wandb", "wandb_id", "wandb_logger", "wandb_mode"]
+__all__ = ["close_wandb", "wandb_id", "wandb_logger", "wandb_mode"]
 
 
 def wandb_mode(options: WandbOptions) -> Literal["online", "offline", "disabled"]:
@@ -123,14 +121,3 @@ def close_wandb(logger: Any, folder: RunFolder, options: WandbOptions) -> None:
         run.finish(exit_code=0 if status in ("finished", "pruned") else 1)
     except Exception as error:  # as above
         print(f"crossft: W&B did not finish: {error}", file=sys.stderr)
-
-
-class RunIdentity(Callback):
-    """Keeps the run's name and W&B id in every checkpoint."""
-
-    def __init__(self, folder: Path, wandb_id: str) -> None:
-        self.identity = {"run": folder.name, "wandb_id": wandb_id}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Name and id."""
-        return dict(self.identity)

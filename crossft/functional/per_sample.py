@@ -5,7 +5,7 @@ Squaring the gradient of a batch's mean would shrink it by about the batch size,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -111,7 +111,8 @@ class GradientPowers:
     def _closed_forms(self, rows: Rows, pull: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Sums by name for the layers that have closed forms, and what was pulled back."""
         tape: Tape = []
-        with torch.enable_grad(), _recording(self.model, len(next(iter(rows.values()))), tape):
+        layers = [m for m in self.model.modules() if any(id(p) in self._names for p in m.parameters(recurse=False))]
+        with torch.enable_grad(), _recording(layers, len(next(iter(rows.values()))), tape):
             out = self.model(rows)
         cotangents = pull(out.detach())
         sums: dict[str, Tensor] = {}
@@ -197,8 +198,8 @@ class GradientPowers:
 
 
 @contextmanager
-def _recording(model: nn.Module, b: int, tape: Tape) -> Iterator[None]:
-    """Note each call of a layer with a closed form: the layer, its input, and its output as a point of the graph.
+def _recording(layers: Iterable[nn.Module], b: int, tape: Tape) -> Iterator[None]:
+    """Note calls of the layers that have a closed form: the layer, its input, and its output as a point of the graph.
 
     A probe is handed on as a copy, so that an activation in place changes the copy; a table read once for all rows
     (position embeddings) is handed on with a row for each. An input changed in place later shows in its version.
@@ -217,7 +218,7 @@ def _recording(model: nn.Module, b: int, tape: Tape) -> Iterator[None]:
         return note(layer, args[0], out)
 
     with ExitStack() as stack:
-        for layer in model.modules():
+        for layer in layers:
             rule: Rule | None = rule_of(layer)
             inner = probe_point(layer)
             if rule is None:

@@ -98,9 +98,9 @@ class Task(LightningModule):
         self.batchnorm = auto if batchnorm == "auto" else batchnorm
         apply_batchnorm_policy(backbone, self.batchnorm, len(self.domains))
         self._trainability = Trainability()
+        self.thawing: frozenset[str] = frozenset()  # stages that a later phase trains
         self.train_only()
-        self._total_steps = 0
-        self._reestimation = Reestimation(self.batchnorm)
+        self._total_steps, self._reestimation = 0, Reestimation(self.batchnorm)
         self.prefix: Prefix | None = None
         # Anchors are the same on every process and never change: DDP need not broadcast them at each forward.
         self._ddp_params_and_buffers_to_ignore: list[str] = []

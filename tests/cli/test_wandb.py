@@ -194,7 +194,7 @@ def test_resumed_run_goes_on_under_the_id_of_its_checkpoint(
     assert fit(tmp_path, *OFFLINE, *stop, f"--init={finished}", f"--run.dir={folder.path}") == 143
     run_id = folder.summary()["wandb_id"]
     callbacks = load_checkpoint(folder.last)["callbacks"]
-    assert callbacks["RunIdentity"]["wandb_id"] == run_id
+    assert callbacks["Checkpoints"]["wandb_id"] == run_id
     folder.write_summary(wandb_id=None)
     monkeypatch.setenv("STOP_AT", "")
     time.sleep(1)  # W&B names the folders of a run by the second

@@ -185,7 +185,7 @@ def compare(reference: Path, folder: Path, seen: tuple[Path, Path]) -> str | Non
     """What differs between the run nobody stopped and the one that was killed, or None."""
     first, second = (load_checkpoint(f / "checkpoints" / "last.ckpt") for f in (reference, folder))
     for checkpoint in (first, second):
-        checkpoint["callbacks"].pop("RunIdentity")  # the run's own name
+        checkpoint["callbacks"]["Checkpoints"].pop("wandb_id")  # the run's own
     for part in COMPARED:
         if found := difference(first[part], second[part], part):
             return found

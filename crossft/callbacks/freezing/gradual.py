@@ -141,6 +141,10 @@ class GradualUnfreezing(Callback):
             pl_module.schedule = Phased(getattr(pl_module.schedule, "base", pl_module.schedule))
         self.index = self._held or 0
         self._chosen = self.phase.apply(pl_module)
+        trained = frozenset().union(*(phase.names(pl_module.backbone) for phase in self.plan))
+        owned = {id(p) for n, p in pl_module.backbone.named_parameters() if n in trained}
+        stages = pl_module.backbone.stages
+        pl_module.thawing = frozenset(s.name for s in stages if any(id(p) in owned for p in s.parameters()))
 
     def hold(self, task: Task, index: int) -> None:
         """Train one phase alone, for the whole fit and under another's schedule; until `release`.

@@ -42,6 +42,7 @@ class Checkpoints(Checkpoint):
         keep: number of step checkpoints kept; the newest valid one is what a resume takes.
         monitor: validation metric that ``best.ckpt`` maximizes or minimizes; None keeps no best.
         mode: ``max`` or ``min``.
+        wandb_id: of the run's W&B run; kept in every checkpoint.
         stopping: takes the signals; one of its own by default.
 
     Raises:
@@ -56,6 +57,7 @@ class Checkpoints(Checkpoint):
         keep: int = 2,
         monitor: str | None = None,
         mode: str = "max",
+        wandb_id: str = "",
         stopping: Stopping | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
@@ -67,6 +69,7 @@ class Checkpoints(Checkpoint):
         self.folder = RunFolder(folder)
         self.every_minutes, self._saved_at = every_minutes, time.monotonic()
         self.every_n_steps, self.keep, self.monitor, self.mode = every_n_steps, keep, monitor, mode
+        self.wandb_id = wandb_id
         self.best_score: float | None = None
         self.best_step = self.saved_step = -1
         self._pending = False
@@ -207,7 +210,7 @@ class Checkpoints(Checkpoint):
             states = [None] * dist.get_world_size()
             dist.all_gather_object(states, _get_rng())
         steps = {"saved_step": self.saved_step, "best_step": self.best_step}
-        return {"best_score": self.best_score, **steps, "rng": states}
+        return {"best_score": self.best_score, **steps, "wandb_id": self.wandb_id, "rng": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep this process's RNG until the first batch."""

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from crossft.backbones import Backbone
 from crossft.backbones.batchnorm import set_domains
 from crossft.callbacks.retention.chain import run_before
 from crossft.callbacks.retention.teacher import check_known
@@ -26,15 +27,17 @@ from crossft.functional.modes import evaluating
 from crossft.functional.per_sample import GradientPowers
 from crossft.runs import replacing
 from crossft.tasks import Task
-from crossft.types import Batch, Role
+from crossft.types import Batch, ImageSpec, Role
 
-__all__ = ["ANCHOR", "IMPORTANCE", "Importance", "Measure", "carried", "hash_of"]
+__all__ = ["ANCHOR", "IMPORTANCE", "Importance", "Measure", "carried", "hash_of", "may_train"]
 
 Values = dict[str, Tensor]
 IMPORTANCE = "importance:"
 """What the keys of importance begin with in a file; a parameter's name follows. A run's anchors keep them so too."""
 ANCHOR = "anchor:"
 """The same for the points that weights are held at."""
+ENTERING = "entering"
+"""Key of what enters the first stage that is run."""
 
 
 @dataclass
@@ -83,20 +86,34 @@ class Importance:
             raise CheckpointError(f"importance={path} holds no importance; give the anchors/NAME.safetensors of a run")
         return cls(values, provenance, anchors)
 
-    def fit_to(self, parameters: Mapping[str, nn.Parameter], path: Path | str) -> Values:
-        """The values for these parameters.
+    def fit_to(self, parameters: Mapping[str, nn.Parameter], path: Path | str, needed: Collection[str]) -> Values:
+        """The values for these parameters; 0 for what was not measured and is not needed.
+
+        Args:
+            parameters: by name.
+            path: where they come from, for the message.
+            needed: names of those that may train in this run (see ``may_train``).
 
         Raises:
-            CheckpointError: a parameter is missing, or has another shape.
+            CheckpointError: a parameter is missing, or has another shape, or is needed and was never measured.
         """
+        left_out = {*self.provenance.get("left_out", ())}
         for name, parameter in parameters.items():
-            if name not in self.values or self.values[name].shape != parameter.shape:
+            if name in left_out and name in needed:
+                raise CheckpointError(
+                    f"importance={path} says nothing of {name}: it was measured where that never trained, and here it "
+                    "may; freeze the same stages, or measure it at those weights in a run that trains it"
+                )
+            if name not in left_out and (name not in self.values or self.values[name].shape != parameter.shape):
                 found = tuple(self.values[name].shape) if name in self.values else "missing"
                 raise CheckpointError(
                     f"importance={path}: {name} is {found}, the backbone's is {tuple(parameter.shape)}; "
                     "measure it for this backbone (importance: null)"
                 )
-        return {name: self.values[name].to(p.device) for name, p in parameters.items()}
+        return {
+            name: torch.zeros(p.shape, device=p.device) if name in left_out else self.values[name].to(p.device)
+            for name, p in parameters.items()
+        }
 
 
 def hash_of(module: nn.Module) -> str:
@@ -137,17 +154,48 @@ def carried(task: Task, name: str, required: bool = True) -> Path | None:
     )
 
 
-class _Outputs(nn.Module):
-    """Backbone and head as a function of one domain's inputs, [b, k]; owns nothing."""
+def may_train(task: Task) -> dict[str, nn.Parameter]:
+    """Parameters of the backbone, by name, whose stage trains now or in a later phase; what heads share is left out."""
+    heads = {id(p) for p in task.heads.parameters()}
+    constant = task.frozen_stages - task.thawing
+    frozen = {id(p) for stage in task.backbone.stages if stage.name in constant for p in stage.parameters()}
+    return {n: p for n, p in task.backbone.named_parameters() if id(p) not in heads | frozen and p.is_floating_point()}
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, domain: int) -> None:
+
+def first_to_run(task: Task, named: Mapping[str, nn.Parameter]) -> int:
+    """Index of the stage that a pass over stored prefixes starts at: the last with all of ``named`` at or above it."""
+    wanted = {id(p) for p in named.values()}
+    stages = task.backbone.stages
+    index = next((i for i, s in enumerate(stages) if any(id(p) in wanted for p in s.parameters())), 0)
+    while index and task.backbone.can_start_from(stages[index].name) is not None:
+        index -= 1
+    return index if task.prefix is not None else 0
+
+
+class _Outputs(nn.Module):
+    """Backbone and head as a function of one domain's inputs, [b, k]; owns nothing.
+
+    Args:
+        backbone: run from stage ``start`` on.
+        head: of the domain.
+        domain: its number.
+        start: index of a stage; above 0 the rows hold what enters it under ``ENTERING``.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module, domain: int, start: int = 0) -> None:
         super().__init__()
         self.backbone, self.head, self.domain = backbone, head, domain
+        self.start = backbone.stages[start].name if start else None
 
     def forward(self, rows: Mapping[str, Tensor]) -> Tensor:
         first = next(iter(rows.values()))
         set_domains(self.backbone, torch.full((len(first),), self.domain, device=first.device))
-        out: Tensor = self.head(self.backbone(rows).features)
+        if self.start is None:
+            encoded = self.backbone(rows)
+        else:
+            others = {k: v for k, v in rows.items() if k != ENTERING}
+            encoded = self.backbone.forward_from(self.start, rows[ENTERING], others)
+        out: Tensor = self.head(encoded.features)
         return out
 
 
@@ -181,9 +229,9 @@ class Measure:
     def run(self, task: Task, data: Any, known: Collection[str] = ()) -> Importance:
         """One pass over the role's training split, unaugmented: the mean over rows, all-reduced over processes.
 
-        The heads are left out, whatever shares their parameters with the backbone too; parameters that do not train
-        now are measured as well, since a later phase may thaw them. Modes, buffers, gradients and generators are left
-        as they were.
+        The heads are left out, whatever shares their parameters with the backbone too. So are stages that never train
+        in this run (what a later phase thaws is measured), of which the provenance keeps the names; a prefix cache
+        gives what enters the others. Modes, buffers, gradients and generators are left as they were.
 
         Args:
             task: measured as it is.
@@ -197,17 +245,17 @@ class Measure:
         rows = training_rows(data, self.role, self.labels == "empirical", self.samples, known)
         if self.role == "source":
             check_known(task, {task.head_keys[task.domains[number].name] for number in rows}, "importance")
-        heads = {id(p) for p in task.heads.parameters()}
-        named = {n: p for n, p in task.backbone.named_parameters() if id(p) not in heads and p.is_floating_point()}
+        named = may_train(task)
         totals = {n: torch.zeros(p.shape, device=p.device) for n, p in named.items()}
         count = torch.zeros((), device=task.device)
         with evaluating(task):
-            for number, own in rows.items():
+            for number, own in rows.items() if named else ():
                 count += self._add_domain(task, data, number, own, named, totals)
         if dist.is_available() and dist.is_initialized():
             for tensor in (count, *totals.values()):
                 dist.all_reduce(tensor)
         values = {n: t / count for n, t in totals.items()}
+        left_out = [n for n, p in task.backbone.named_parameters() if n not in named and p.is_floating_point()]
         provenance = {
             "kind": self.kind,
             "labels": self.labels if self.kind == "fisher" else None,
@@ -216,6 +264,7 @@ class Measure:
             "domains": [task.domains[n].name for n in rows],
             "data": data.fingerprint,
             "weights": hash_of(task.backbone),
+            **({"left_out": left_out} if left_out else {}),
         }
         return Importance(values, provenance)
 
@@ -226,12 +275,14 @@ class Measure:
         domain = task.domains[number]
         if self.kind == "fisher":
             check_labels(self.labels, domain.kind)
-        model = _Outputs(task.backbone, task.heads[task.head_keys[domain.name]], number)
+        start = first_to_run(task, named)
+        model = _Outputs(task.backbone, task.heads[task.head_keys[domain.name]], number, start)
         own = {f"backbone.{n}": p for n, p in named.items()}
         powers = GradientPowers(model, own, power=2 if self.kind == "fisher" else 1)
         seen = 0
         for batch in self._chunks(one_pass(data, {number: rows}, self.chunk), task.backbone):
-            powers.add(dict(batch.inputs), partial(self._cotangents, batch=batch, kind=domain.kind))
+            set_domains(task.backbone, batch.domains)
+            powers.add(_rows(task, batch, start), partial(self._cotangents, batch=batch, kind=domain.kind))
             seen += len(batch)
         set_domains(task.backbone, None)
         for name in named:
@@ -263,6 +314,17 @@ class Measure:
         return torch.stack(drawn, 1).to(logits.device)
 
 
+@torch.no_grad()
+def _rows(task: Task, batch: Batch, start: int) -> dict[str, Tensor]:
+    """What ``_Outputs`` takes: the inputs, or what enters stage ``start``, from the cache where it is there."""
+    if not start:
+        return dict(batch.inputs)
+    below = task.backbone.stages[start - 1].name
+    entering = task.encode(batch, capture=(below,)).stages[below]
+    images = isinstance(task.backbone.input_spec, ImageSpec)  # which need no inputs any more
+    return {ENTERING: entering, **({} if images else batch.inputs)}
+
+
 def _kept(batch: Batch, keep: Tensor) -> Batch:
     return Batch(
         inputs={k: v[keep] for k, v in batch.inputs.items()},
@@ -270,4 +332,5 @@ def _kept(batch: Batch, keep: Tensor) -> Batch:
         labeled=batch.labeled[keep],
         domains=batch.domains[keep],
         sample_ids=batch.sample_ids[keep],
+        keys=tuple(key for key, real in zip(batch.keys, keep.tolist()) if real),
     )

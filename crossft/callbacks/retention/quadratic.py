@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from crossft.callbacks.base import MethodCallback
-from crossft.callbacks.retention.importance import ANCHOR, IMPORTANCE, Importance, carried
+from crossft.callbacks.retention.importance import ANCHOR, IMPORTANCE, Importance, carried, may_train
 from crossft.callbacks.sharding import refuse_sharded
+from crossft.errors import TrainingError
 from crossft.functional.pull import add_pull_
 from crossft.tasks import Task
 from crossft.types import WeightPenalty
@@ -42,6 +44,7 @@ class QuadraticPenalty(WeightPenalty):
         super().__init__()
         self.named = dict(parameters)
         self.provenance: dict[str, Any] = {}
+        self._left_out: frozenset[str] = frozenset()
         for name, parameter in self.named.items():
             key = name.replace(".", "/")
             self.register_buffer(ANCHOR + key, parameter.detach().clone())
@@ -72,6 +75,7 @@ class QuadraticPenalty(WeightPenalty):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it from a checkpoint."""
         self.provenance = dict(state)
+        self._left_out = frozenset(state.get("left_out", ()))
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -95,11 +99,16 @@ class QuadraticPenalty(WeightPenalty):
             self.importance_of(name).copy_(values[name])
         for name, anchor in (anchors or {}).items():
             self.anchor_of(name).copy_(anchor)
-        self.provenance = dict(provenance)
+        self.set_extra_state(dict(provenance))
         self.ready.fill_(True)
 
     def _training(self) -> tuple[list[nn.Parameter], list[Tensor], list[Tensor]]:
         names = [n for n, p in self.named.items() if p.requires_grad]
+        if self._left_out and (thawed := next((n for n in names if n in self._left_out), None)):
+            raise TrainingError(
+                f"{thawed} trains, and its importance was not measured, since no phase was to train it: let "
+                "GradualUnfreezing change what trains, or set the task's `thawing` before the fit starts"
+            )
         weights = [self.named[n] for n in names]
         return weights, [self.anchor_of(n) for n in names], [self.importance_of(n) for n in names]
 
@@ -154,8 +163,11 @@ class QuadraticMethod(MethodCallback):
         assert isinstance(pl_module, Task)
         penalty = self.penalty(pl_module)
         if not bool(penalty.ready):
+            needed = may_train(pl_module)
+            if not needed:
+                rank_zero_warn(f"methods.{self.name} holds the backbone, of which nothing trains in this run")
             found = self.importance_for(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-            penalty.fill(found.fit_to(penalty.named, self.name), found.provenance, found.anchors)
+            penalty.fill(found.fit_to(penalty.named, self.name, needed), found.provenance, found.anchors)
 
     def before(self, task: Task) -> Importance | None:
         """What the run that this one starts from held by under this method's name, on the task's device."""
@@ -165,4 +177,4 @@ class QuadraticMethod(MethodCallback):
         found = Importance.load(path)
         named = self.penalty(task).named
         anchors = {n: found.anchors[n].to(p.device) for n, p in named.items() if n in found.anchors}
-        return Importance(found.fit_to(named, path), found.provenance, anchors)
+        return Importance(found.fit_to(named, path, may_train(task)), found.provenance, anchors)

@@ -200,10 +200,10 @@ def test_a_file_of_another_run_gives_the_same_penalty_and_other_weights_refuse_i
         Importance.load(tmp_path / "nothing.safetensors")
     small = Importance({"stem.1.bias": torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"stem\.1\.bias is \(3,\)"):
-        small.fit_to({"stem.1.bias": nn.Parameter(torch.zeros(12))}, "x")
+        small.fit_to({"stem.1.bias": nn.Parameter(torch.zeros(12))}, "x", ())
 
 
-def test_a_pass_leaves_the_task_as_it_was_and_measures_what_is_frozen(root: Path) -> None:
+def test_a_pass_leaves_the_task_as_it_was_and_measures_what_may_train(root: Path) -> None:
     data = data_of(root)
     torch.manual_seed(0)
     task = Classification(TinyVision(dropout=0.5, batchnorm=True), list(data.domains), batchnorm="training")
@@ -217,7 +217,9 @@ def test_a_pass_leaves_the_task_as_it_was_and_measures_what_is_frozen(root: Path
     assert flags == [p.requires_grad for p in task.parameters()]
     assert all(torch.equal(v, before[k]) for k, v in task.state_dict().items())
     assert all(p.grad is None for p in task.parameters())
-    assert set(found.values) == {n for n, _ in task.backbone.named_parameters()}
+    names = [n for n, _ in task.backbone.named_parameters()]
+    assert list(found.values) == [n for n in names if n.startswith("last.")]
+    assert found.provenance["left_out"] == [n for n in names if not n.startswith("last.")]
     assert all(v.dtype == torch.float32 and float(v.max()) > 0 for v in found.values.values())
     assert found.provenance["weights"] == hash_of(task.backbone)
 
