@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from crossft.errors import ConfigError
 from crossft.functional.similarity import linear_cka
 from crossft.metrics import domain_metrics, primary_metric
 from crossft.tasks import Task
-from crossft.types import Batch
+from crossft.types import Batch, Stage
 
 __all__ = ["Drift", "chosen", "stage_drift"]
 
@@ -25,21 +28,67 @@ Rows = dict[int, NDArray[np.int64]]
 
 
 @torch.no_grad()
-def stage_drift(start: list[Tensor], now: list[nn.Parameter]) -> dict[str, Tensor]:
-    """Distance of some weights from where they started.
+def stage_drift(start: Iterable[Tensor], now: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+    """Distance of some weights from where they started, summed in float64.
 
     Args:
-        start: copies of the parameters.
+        start: copies of the parameters; one at a time is looked at.
         now: the parameters.
 
     Returns:
         ``l2``: ||w - w0||; ``relative``: that over ||w0||; ``cosine``: of w and w0. NaN where w0 is zero.
     """
-    own = [(a.to(p.device).double(), p.detach().double()) for a, p in zip(start, now, strict=True)]
-    far = torch.stack([(p - a).square().sum() for a, p in own]).sum().sqrt()
-    old, new = (torch.stack([t.square().sum() for t in side]).sum().sqrt() for side in zip(*own, strict=True))
-    along = torch.stack([(a * p).sum() for a, p in own]).sum()
-    return {"l2": far, "relative": far / old, "cosine": along / (old * new)}
+    squares = []
+    for old, parameter in zip(start, now, strict=True):
+        a, p = old.to(parameter.device).float(), parameter.detach().float()
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in (p.sub(a), a, p)]
+        squares.append(torch.stack(norms).square())
+    far, before, after = torch.stack(squares).sum(0)
+    along = 0.5 * (before + after - far)  # the law of cosines
+    return {
+        "l2": far.sqrt(),
+        "relative": (far / before).sqrt(),
+        "cosine": along / (before.sqrt() * after.sqrt()),
+    }
+
+
+class StartingWeights:
+    """The weights that a run starts from, in a file without a name, which is gone when nobody holds this any more.
+
+    A copy in memory would be the largest thing that a run adds to a hand-written loop's.
+
+    Args:
+        stages: whose parameters are kept.
+        folder: where the file is made.
+
+    Raises:
+        ConfigError: there is no room.
+    """
+
+    def __init__(self, stages: Sequence[Stage], folder: Path) -> None:
+        self._places: dict[str, list[tuple[int, Tensor]]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            for stage in stages:
+                for parameter in stage.parameters():
+                    form = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                    self._places.setdefault(stage.name, []).append((self._file.tell(), form))
+                    flat = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    flat.numpy().tofile(self._file)
+        except OSError as error:
+            raise ConfigError(
+                f"the weights that the run starts from cannot be kept in {folder}: {error}; make room there, or choose "
+                "another run.root"
+            ) from error
+
+    def of(self, stage: str) -> Iterator[Tensor]:
+        """A stage's parameters as they were, on the CPU, read one at a time."""
+        for place, form in self._places[stage]:
+            self._file.seek(place)
+            count = form.numel() * form.element_size()
+            flat = torch.from_numpy(np.fromfile(self._file, np.uint8, count))
+            yield flat.view(form.dtype).reshape(form.shape)
 
 
 class Drift(Callback):
@@ -52,8 +101,8 @@ class Drift(Callback):
       the loss terms (before gradient projections), on the weights the penalty acts on.
 
     The rows are from the sources' validation split (else training), unaugmented, in evaluation mode. Modes, buffers,
-    generators and gradients are left as they were. Memory: one copy of the backbone's weights; for a step that logs a
-    ratio one more gradient. Strategies that shard weights log nothing here.
+    generators and gradients are left as they were. Memory: for a step that logs a ratio one more gradient; the starting
+    weights are in a temporary file in the run folder. Strategies that shard weights log nothing here.
 
     Args:
         rows: source rows, over all sources; 0 leaves out what needs rows.
@@ -69,7 +118,8 @@ class Drift(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"watch.every_n_steps={every_n_steps} must be at least 1; null measures at epoch ends")
         self.rows, self.every_n_steps = rows, every_n_steps
-        self._start: dict[str, list[Tensor]] = {}
+        self._start: StartingWeights | None = None
+        self._watches = False
         self._own: Rows = {}
         self._features: dict[int, Tensor] = {}
         self._done = -1
@@ -79,8 +129,9 @@ class Drift(Callback):
         sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
         if stage != "fit" or not isinstance(pl_module, Task) or sharded:
             return
-        stages = pl_module.backbone.stages
-        self._start = {s.name: [p.detach().clone() for p in s.parameters()] for s in stages if list(s.parameters())}
+        self._watches = True
+        if trainer.is_global_zero:  # which logs
+            self._start = StartingWeights(pl_module.backbone.stages, Path(trainer.default_root_dir))
         self._own = chosen(trainer.datamodule, self.rows) if self.rows else {}  # type: ignore[attr-defined]
         self._features = {n: own[0] for n, own in self._seen(trainer, pl_module).items()}
         self._done = -1
@@ -88,7 +139,7 @@ class Drift(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Log the ratios at steps that log anyway."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._start and every and (trainer.global_step + 1) % every == 0:
+        if self._watches and every and (trainer.global_step + 1) % every == 0:
             assert isinstance(pl_module, Task)
             ratios = pl_module.attachments.gradient_ratios(list(pl_module.parameters()), pl_module.progress)
             _log(trainer, {f"term/{name}/ratio": value for name, value in ratios.items()}, trainer.global_step)
@@ -107,13 +158,13 @@ class Drift(Callback):
 
     def _measure(self, trainer: Trainer, task: LightningModule) -> None:
         assert isinstance(task, Task)
-        if not self._start or self._done == trainer.global_step:
+        if not self._watches or self._done == trainer.global_step:
             return
         self._done = trainer.global_step
         values: dict[str, Any] = {}
         for stage in task.backbone.stages:
-            if stage.name in self._start:
-                found = stage_drift(self._start[stage.name], list(stage.parameters()))
+            if self._start is not None and (own := stage.parameters()):
+                found = stage_drift(self._start.of(stage.name), own)
                 values |= {f"drift/{stage.name}/{k}": v for k, v in found.items()}
         seen = self._seen(trainer, task)
         if seen:
