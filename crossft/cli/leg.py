@@ -186,8 +186,10 @@ class Leg:
         self._start_wandb(run_id)
         seed_everything(config.seed_everything, workers=True, verbose=False)
         task = build_task(self.settings, self.data)
-        trained = load_weights(task, self.init) if self.init is not None else frozenset[str]()
-        task.known_heads = trained
+        task.known_heads = trained = frozenset[str]()
+        if self.init is not None:
+            load_weights(task, self.init)
+            trained = task.known_heads
         rows = self.data.describe()
         select = checked_metric("select", config.select.metric, task.domains, rows)
         checked_metric("trial.metric", config.trial.metric, task.domains, rows)

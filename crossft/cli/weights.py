@@ -80,7 +80,8 @@ def read_domains(checkpoint: dict[str, Any], path: Path) -> tuple[Domain, ...]:
 def load_weights(task: Task, path: Path) -> frozenset[str]:
     """Load a checkpoint's backbone, and each head whose label space the task has.
 
-    A head whose label space the checkpoint lacks stays as it is.
+    A head whose label space the checkpoint lacks stays as it is. The task's ``known_heads`` are those of the loaded
+    that the checkpoint's run, or one before it, has trained.
 
     Returns:
         The keys of the task's heads that were loaded.
@@ -95,12 +96,17 @@ def load_weights(task: Task, path: Path) -> frozenset[str]:
     state: dict[str, Tensor] = dict(checkpoint["state_dict"])
     wanted = {k: v for k, v in state.items() if not k.startswith("heads.")}
     loaded: set[str] = set()
+    trained = checkpoint.get("known_heads", list(their_keys.values()))
+    if not isinstance(trained, list) or not set(trained) <= {*their_keys.values()}:
+        raise CheckpointError(f"{path} holds malformed known_heads ({trained!r}); use another checkpoint")
+    known: set[str] = set()
     for domain in task.domains:
         own, other = task.head_keys[domain.name], by_space.get(domain.space)
         if other is not None and own not in loaded:
             prefix = f"heads.{other}."
             wanted |= {f"heads.{own}.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
             loaded.add(own)
+            known |= {own} if other in trained else set()
     for key in task.heads:
         if key not in loaded:
             wanted |= {f"heads.{key}.{k}": v for k, v in task.heads[key].state_dict().items()}
@@ -116,4 +122,5 @@ def load_weights(task: Task, path: Path) -> frozenset[str]:
             f"{path} does not fit this model: {' '.join(str(error).split())[:400]}; "
             "use the backbone (name, image size, pooling) the checkpoint was trained with"
         ) from error
+    task.known_heads = frozenset(known)
     return frozenset(loaded)

@@ -85,6 +85,8 @@ class GradientPowers:
             slow = {n: p for n, p in self.parameters.items() if n in self.slow}
             try:
                 self._collect(self._vectorized(rows, cotangents, slow))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # control flow that depends on values, or an operator without a batching rule
                 self._collect(self._one_by_one(rows, cotangents, slow))
 

@@ -384,9 +384,9 @@ class Task(LightningModule):
         return super().load_state_dict(sliced_state(self, {**own, **state_dict}), strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the attached terms by method name, and the domains as plain values."""
-        checkpoint["terms"] = self.attachments.save()
-        checkpoint["schedule"] = self.schedule.state_dict()
+        """Store the terms by method name, which heads something has trained, and the domains as plain values."""
+        checkpoint |= {"terms": self.attachments.save(), "schedule": self.schedule.state_dict()}
+        checkpoint["known_heads"] = sorted(self.trained_heads | (self.known_heads or set()))
         self._reestimation.save(checkpoint)
         checkpoint["domains"] = [
             {"name": d.name, "role": d.role, "kind": d.kind, "labels": list(d.labels)} for d in self.domains

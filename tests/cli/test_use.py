@@ -13,20 +13,26 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import retention_cases
 import timm
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
-from tiny import image_domains
+from tiny import TinyVision, image_domains
 
 from crossft.backbones import Backbone
+from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints
+from crossft.callbacks.monitoring.checkpoint_io import load_checkpoint
+from crossft.callbacks.retention.teacher import check_known
 from crossft.cli import main
 from crossft.cli.catalog import found
 from crossft.cli.evaluate import prepared_like
 from crossft.cli.saved import open_run
+from crossft.cli.weights import load_weights
 from crossft.data.images import eval_transform
+from crossft.errors import CheckpointError, ConfigError
 from crossft.runs import RunFolder
-from crossft.tasks import Task
+from crossft.tasks import Classification, Task
 
 
 def test_test_measures_what_the_summary_says(finished: Path, tmp_path: Path, capsys) -> None:
@@ -193,3 +199,23 @@ def test_no_command_and_an_unknown_one_are_usage_errors(capsys) -> None:
     assert main(["fti"]) == 2
     assert "fit" in capsys.readouterr().err
     assert main(["--version"]) == 0
+
+
+def test_a_checkpoint_says_which_of_its_heads_were_trained(tmp_path: Path) -> None:
+    """A source that is not trained on has a head of random weights, of which no later run may say that it knows it."""
+    root = retention_cases.images(tmp_path / "images")
+    data = retention_cases.data_of(root, source="art")
+    kept = {"plugins": [AtomicCheckpointIO()], "enable_checkpointing": True}
+    retention_cases.fit(data, {}, extra=(Checkpoints(tmp_path / "run"),), **kept)
+    file = RunFolder(tmp_path / "run").last
+    task = Classification(TinyVision(), list(data.domains))
+    trained, new = (task.head_keys[name] for name in ("sketch", "art"))
+    assert load_weights(task, file) == {trained, new}
+    assert task.known_heads == {trained}
+    check_known(task, [trained], "x")
+    with pytest.raises(ConfigError, match="x reads the head of art, which nothing has trained yet"):
+        check_known(task, [new], "x")
+    checkpoint = load_checkpoint(file)
+    torch.save({**checkpoint, "known_heads": ["another"]}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="malformed known_heads"):
+        load_weights(task, tmp_path / "other.ckpt")

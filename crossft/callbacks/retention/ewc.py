@@ -106,7 +106,7 @@ class OnlineEWC(EWC):
 
     One running importance, F = decay * F_before + F_source, where F_before is what the run before left under this
     method's name and F_source that of the sources it did not know (of all, where it knew all), and one anchor: the
-    weights the leg starts from.
+    weights the leg starts from. The paper's penalty multiplies this F by gamma once more: a factor on ``weight``.
 
     Args:
         weight: lambda.

@@ -1,4 +1,4 @@
-"""Every method trains to the same weights on stored prefixes, in the run that stores them and in one that reads them."""
+"""Every method trains to the same weights on stored prefixes, where they are stored and where they are read."""
 
 from __future__ import annotations
 

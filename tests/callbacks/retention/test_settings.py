@@ -79,10 +79,11 @@ def test_all_of_them_run_with_statistics_a_domain(root: Path) -> None:
 
 
 def test_what_thaws_later_is_held_from_then_on(root: Path) -> None:
-    """Importance is there for every weight; the penalty acts on those that train."""
+    """Importance is there for every weight that may train; the penalty acts on those that do."""
     seed_everything(0, verbose=False)
     data = data_of(root)
     task = Classification(TinyVision(), list(data.domains))
+    task.thawing = frozenset({"stem", "middle"})
     trained(task, data, {"freeze": Freeze(train_last=1), "ewc": EWC(1000.0)})
     penalty = task.attachments.penalties["ewc"]
     assert float(penalty.importance_of("stem.1.weight").max()) > 0
