@@ -1,12 +1,12 @@
 """Avalanche on the same domain-incremental split MNIST as `mnist.yaml`: network, optimizer, batches, strengths.
 
     pip install avalanche-lib
-    python experiments/retention/avalanche_mnist.py MNIST_NPZ --output experiments/retention/avalanche.csv
+    python -W ignore experiments/retention/avalanche_mnist.py MNIST_NPZ --output experiments/retention/avalanche.csv
 
-Five tasks of two digits, even or odd; an MLP of 2 x 400 units, Adam 0.001, batches of 128, 21 epochs a task (about 2,000
-iterations). EWC twice: at the strength of `mnist.yaml` (its loss has no 1/2), and at 128 times that, since its Fisher
-squares the gradient of a batch's mean, which makes it about a batch size too small. Prints the mean accuracy over the
-tasks' test images after the last task.
+Five tasks of two digits, even or odd; an MLP of 2 x 400 units, Adam 0.001, batches of 128, 21 epochs a task (about
+2,000 iterations). EWC twice: at the strength of `mnist.yaml` (its loss has no 1/2), and at 128 times that, since its
+Fisher squares the gradient of a batch's mean, which makes it about a batch size too small. Prints the mean accuracy
+over the tasks' test images after the last task.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-warnings.filterwarnings("ignore")
 
 import numpy as np
 import torch

@@ -15,6 +15,7 @@ from crossft.callbacks.retention.mixout import Mixout
 from crossft.callbacks.retention.r3f import R3F
 from crossft.callbacks.retention.replay import Replay
 from crossft.callbacks.retention.si import SI
+from crossft.callbacks.retention.smart import SMART
 from crossft.callbacks.retention.stochnorm import StochNorm
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MAS",
     "R3F",
     "SI",
+    "SMART",
     "CoTuning",
     "DERPlusPlus",
     "DriftLimit",

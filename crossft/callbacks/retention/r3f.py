@@ -55,13 +55,17 @@ class NoisyAgreement(LossTerm):
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
         """Mean over rows of KL(p || q) + KL(q || p); a scalar."""
         value = step.stages[self.needs_stages[0]]
-        noisy = value + self._drawn(value, step)
+        logits = self._logits(value + self._drawn(value, step), step, model)
+        return step.mean(symmetric_kl(step.logits[self.head], logits, self.kind), self.ids)
+
+    def _logits(self, value: Tensor, step: StepOutput, model: HasBackbone) -> Tensor:
+        """Logits [b, k] from the second stage on, under the same dropout each time."""
         devices = [value.device] if value.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), without_statistics([model.backbone]):
             torch.manual_seed(self._number(step.batch.step, 0))
-            features = model.backbone.forward_from(self.second, noisy, step.batch.inputs).features
-            logits = model.heads[self.head](features)
-        return step.mean(symmetric_kl(step.logits[self.head], logits, self.kind), self.ids)
+            features = model.backbone.forward_from(self.second, value, step.batch.inputs).features
+            found: Tensor = model.heads[self.head](features)
+        return found
 
     def _number(self, step: int, sample: int) -> int:
         """A seed from the term's, the optimizer step and the sample."""
@@ -84,8 +88,8 @@ class R3F(MethodCallback):
     """R3F (Aghajanyan et al. 2020, Better Fine-Tuning by Reducing Representational Collapse, eq. 5 and 6).
 
     Noise is added to the output of the backbone's first stage: the word embeddings of text, as published, the stem's
-    output of an image network. One more forward from there. The published one-step form; SMART's inner ascent would
-    need backwards of its own. Needs no source data.
+    output of an image network. One more forward from there. ``SMART`` looks for the worst noise instead. Needs no
+    source data.
 
     Args:
         weight: lambda (0.1 to 5 in the paper's table 9; 1 here).
@@ -104,7 +108,7 @@ class R3F(MethodCallback):
             raise ConfigError(f"epsilon={epsilon} must be positive: the size of the noise")
         self.epsilon, self.noise = epsilon, noise
 
-    def build(self, task: Task) -> LossTerm:
+    def build(self, task: Task) -> NoisyAgreement:
         """Compare predictions of the target's head on target rows."""
         names = [s.name for s in task.backbone.stages]
         reason = task.backbone.can_start_from(names[1]) if len(names) > 1 else "it has one stage"

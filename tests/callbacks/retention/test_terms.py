@@ -1,4 +1,4 @@
-"""LwF, feature distillation, DELTA, BSS, R3F and Co-Tuning against their equations, row by row."""
+"""LwF, feature distillation, DELTA, BSS, R3F, SMART and Co-Tuning against their equations, row by row."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from lightning.pytorch import Callback
 from retention_cases import data_of, fit, images
 from steps import make_step, make_task
 from tiny import TinyVision, flat
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossft.callbacks.retention import BSS, DELTA, R3F, CoTuning, FeatureDistillation, LwF
+from crossft.callbacks.retention import BSS, DELTA, R3F, SMART, CoTuning, FeatureDistillation, LwF
 from crossft.callbacks.retention.bss import SpectralShrinkage
 from crossft.callbacks.retention.cotuning import TranslatedLabels, relation
 from crossft.callbacks.retention.delta import ChannelDistance, channel_attention, channels_last
 from crossft.callbacks.retention.features import OldFeatures
 from crossft.callbacks.retention.lwf import OldOutputs
 from crossft.callbacks.retention.r3f import NoisyAgreement
+from crossft.callbacks.retention.smart import WorstAgreement
 from crossft.callbacks.retention.teacher import Teacher
 from crossft.errors import ConfigError, StageError
 from crossft.types import Batch
@@ -199,6 +200,31 @@ def test_the_noise_of_a_row_does_not_depend_on_its_batch() -> None:
     assert whole.abs().max() <= 0.3
 
 
+def test_smart_climbs_from_the_noise_within_its_radius() -> None:
+    """One step against its formula, with dropout off; more steps find a worse change."""
+    task, x = tiny()
+    noisy = NoisyAgreement("stem", "middle", "photo", "multiclass", (1,), 0.1, "normal", seed=11)
+    step = stepped(task, x, capture=("stem",))
+    state = torch.get_rng_state()
+    value = WorstAgreement(noisy, radius=0.15, step_size=0.2, steps=1)(step, task)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in task.parameters())
+
+    def apart(change: Tensor) -> Tensor:
+        b = task.heads["photo"](task.backbone.last(task.backbone.middle(step.stages["stem"].detach() + change)))
+        a, b = step.logits["photo"].detach().log_softmax(1), b.log_softmax(1)
+        return (a.exp() * (a - b) + b.exp() * (b - a)).sum(1)
+
+    noise = noisy._drawn(step.stages["stem"], step).clamp(-0.15, 0.15).detach().requires_grad_()
+    (g,) = torch.autograd.grad(apart(noise).sum(), noise)
+    change = (noise + 0.2 * g / g.abs().amax(1, keepdim=True)).clamp(-0.15, 0.15)
+    assert torch.allclose(value, apart(change)[1:4].mean(), atol=1e-6)
+    values = [float(WorstAgreement(noisy, 0.15, 0.2, steps)(step, task)) for steps in (1, 4)]
+    assert float(apart(noise)[1:4].mean()) < values[0] <= values[1]
+    value.backward()
+    assert task.backbone.stem[1].weight.grad.abs().max() > 0
+
+
 def test_cotuning_translates_target_labels() -> None:
     """Row y of the relation is the mean source prediction over the rows of target label y."""
     z, labels = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 1, 3])
@@ -230,6 +256,9 @@ def test_cotuning_reads_the_starting_model_once(root: Path) -> None:
         (lambda: LwF(temperature=0.0), "temperature=0"),
         (lambda: BSS(k=0), "k=0"),
         (lambda: R3F(epsilon=0.0), "epsilon=0"),
+        (lambda: SMART(sigma=0.0), "sigma=0"),
+        (lambda: SMART(step_size=-1.0), "step_size=-1"),
+        (lambda: SMART(steps=0), "steps=0"),
         (lambda: CoTuning(temperature=-1.0), "temperature=-1"),
         (lambda: DELTA(samples=0), "samples=0"),
         (lambda: DELTA(attention="best"), "attention='best'"),
