@@ -175,6 +175,8 @@ def frontier_picture(
 ) -> Path:
     """Draw each method's strengths as a line: source retention (x) against target gain (y), with the common front.
 
+    What lies far from all others stands at the edge with its values, so that the others can be told apart.
+
     Args:
         lines: by method, its points in order: strength, retention, gain, and whether it is on the front of all.
         path: the PNG to write.
@@ -188,23 +190,40 @@ def frontier_picture(
         axis = figure.subplots()
         front = sorted((x.mean, y.mean) for points in lines.values() for _, x, y, on in points if on)
         axis.plot(*zip(*front), "-", color=_INK[False][0], alpha=0.25, linewidth=5, solid_joinstyle="round", zorder=1)
+        every = [point for points in lines.values() for point in points]
+        (left, right), (bottom, top) = _most([p[1].mean for p in every]), _most([p[2].mean for p in every])
         for i, (method, points) in enumerate(lines.items()):
             marker, color = _MARKERS[(i + i // len(_COLORS)) % len(_MARKERS)], _COLORS[i % len(_COLORS)]
             both = [(x, y) for _, x, y, _ in points]
             xs, ys = ([v.mean for v in side] for side in zip(*both))
             halves = [[0.0 if np.isnan(v.half) else v.half for v in side] for side in zip(*both)]
-            axis.errorbar(xs, ys, halves[1], halves[0], fmt="none", ecolor=color, elinewidth=0.8, alpha=0.6)
+            axis.errorbar(xs, ys, halves[1], halves[0], fmt="none", ecolor=color, elinewidth=0.8, alpha=0.3)
             dash = _DASHES[i % len(_DASHES)]
             axis.plot(xs, ys, dash, marker=marker, color=color, markersize=6, markeredgewidth=0, label=method)
             for strength, x, y, _ in points:
-                text = strength.rpartition("=")[2]
-                axis.annotate(text, (x.mean, y.mean), (4, 4), textcoords="offset points", fontsize=6.5, color=color)
+                text, at = strength.rpartition("=")[2], (x.mean, y.mean)
+                edge = (min(max(at[0], left), right), min(max(at[1], bottom), top))
+                if edge != at:
+                    axis.plot(*edge, marker=marker, color=color, markersize=6, markeredgewidth=0, clip_on=False)
+                    text = f"{text} ({x.mean:.2f}, {y.mean:.2f})".strip()
+                side = "right" if at[0] > right else "left"
+                offset = (-4 if side == "right" else 4, 4)
+                axis.annotate(text, edge, offset, textcoords="offset points", ha=side, fontsize=6.5, color=color)
         axis.set_xlabel("source retention: after / before")
         axis.set_ylabel("target gain: after - before")
         axis.set_title(title, loc="left")
-        axis.margins(0.08)
+        axis.set(xlim=(left, right), ylim=(bottom, top))
         several = any(x.n > 1 for points in lines.values() for _, x, _, _ in points)
         heading = "by hypervolume\nband: no point is better in both" + ("\n± 95 % over seeds" if several else "")
         legend = axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=heading, alignment="left")
         legend.get_title().set_fontsize(8)
         return _save(figure, Path(path))
+
+
+def _most(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis: of all values but those more than three interquartile ranges outside the middle half."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    room = 3.0 * max(high - low, 0.02)
+    inside = [v for v in values if low - room <= v <= high + room]
+    margin = 0.08 * max(max(inside) - min(inside), 0.02)
+    return min(inside) - margin, max(inside) + margin
