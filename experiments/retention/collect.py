@@ -96,7 +96,10 @@ def arms(rows: pd.DataFrame) -> str:
 
 def sequences(rows: pd.DataFrame) -> str:
     """Markdown: an arm a line, by falling accuracy over all domains."""
-    lines = ["| arm | ACC | minus plain | BWT | forgetting | FWT | learning accuracy |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | ACC | minus plain | BWT | forgetting | FWT | learning accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
     accs = {arm: own.set_index("seed")["acc"].to_dict() for arm, own in rows.groupby("arm")}
     for arm in sorted(accs, key=lambda a: -interval(list(accs[a].values())).mean):
         own = rows[rows["arm"] == arm]

@@ -22,7 +22,7 @@ from crossft.metrics import domain_metrics, primary_metric
 from crossft.tasks import Task
 from crossft.types import Batch, Stage
 
-__all__ = ["Drift", "chosen", "stage_drift"]
+__all__ = ["Drift", "StartingWeights", "chosen", "stage_drift"]
 
 Rows = dict[int, NDArray[np.int64]]
 

@@ -29,7 +29,7 @@ from crossft.runs import replacing
 from crossft.tasks import Task
 from crossft.types import Batch, ImageSpec, Role
 
-__all__ = ["ANCHOR", "IMPORTANCE", "Importance", "Measure", "carried", "hash_of", "may_train"]
+__all__ = ["ANCHOR", "IMPORTANCE", "Importance", "Measure", "carried", "first_to_run", "hash_of", "may_train"]
 
 Values = dict[str, Tensor]
 IMPORTANCE = "importance:"
