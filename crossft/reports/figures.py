@@ -197,7 +197,16 @@ def frontier_picture(
             both = [(x, y) for _, x, y, _ in points]
             xs, ys = ([v.mean for v in side] for side in zip(*both))
             halves = [[0.0 if np.isnan(v.half) else v.half for v in side] for side in zip(*both)]
-            axis.errorbar(xs, ys, halves[1], halves[0], fmt="none", ecolor=color, elinewidth=0.8, alpha=0.3)
+            axis.errorbar(
+                xs,
+                ys,
+                halves[1],
+                halves[0],
+                fmt="none",
+                ecolor=color,
+                elinewidth=0.8,
+                alpha=0.3 if len(lines) <= 12 else 0.12,
+            )
             dash = _DASHES[i % len(_DASHES)]
             axis.plot(xs, ys, dash, marker=marker, color=color, markersize=6, markeredgewidth=0, label=method)
             for strength, x, y, _ in points:
@@ -208,7 +217,10 @@ def frontier_picture(
                     text = f"{text} ({x.mean:.2f}, {y.mean:.2f})".strip()
                 side = "right" if at[0] > right else "left"
                 offset = (-4 if side == "right" else 4, 4)
-                axis.annotate(text, edge, offset, textcoords="offset points", ha=side, fontsize=6.5, color=color)
+                turn = 0 if edge[1] == at[1] else 90
+                axis.annotate(
+                    text, edge, offset, textcoords="offset points", ha=side, rotation=turn, fontsize=6.5, color=color
+                )
         axis.set_xlabel("source retention: after / before")
         axis.set_ylabel("target gain: after - before")
         axis.set_title(title, loc="left")
