@@ -84,7 +84,8 @@ def run(command: str, arguments: list[str]) -> int:
     _show(kitchen, rows, output)
     if save is not None:
         checkpoint = AtomicCheckpointIO().load_checkpoint(saved.checkpoint)
-        kept = {k: checkpoint[k] for k in ("domains", "global_step", "epoch", "pytorch-lightning_version")}
+        names = ("domains", "known_heads", "global_step", "epoch", "pytorch-lightning_version")
+        kept = {k: checkpoint[k] for k in names if k in checkpoint}
         AtomicCheckpointIO().save_checkpoint({**kept, "state_dict": state, "terms": {}}, Path(save))
         print(f"saved {save}; use it with --init {save}")
     return 0

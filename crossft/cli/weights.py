@@ -97,7 +97,7 @@ def load_weights(task: Task, path: Path) -> frozenset[str]:
     wanted = {k: v for k, v in state.items() if not k.startswith("heads.")}
     loaded: set[str] = set()
     trained = checkpoint.get("known_heads", list(their_keys.values()))
-    if not isinstance(trained, list) or not set(trained) <= {*their_keys.values()}:
+    if not isinstance(trained, list) or not all(key in their_keys.values() for key in trained):
         raise CheckpointError(f"{path} holds malformed known_heads ({trained!r}); use another checkpoint")
     known: set[str] = set()
     for domain in task.domains:

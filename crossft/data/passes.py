@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from crossft.data.collate import Collate
 from crossft.data.dataset import Item
@@ -17,7 +17,7 @@ from crossft.data.module import DomainData
 from crossft.data.prepare import first_rows
 from crossft.data.sampler import EVALUATION, Key
 from crossft.errors import ConfigError
-from crossft.types import Batch, Role
+from crossft.types import Batch, LateInputs, Role
 
 __all__ = ["batch_of", "one_pass", "placed", "training_rows"]
 
@@ -83,5 +83,10 @@ def placed(batch: Batch, module: nn.Module) -> Batch:
     """The batch where a module's parameters are, its floating-point inputs in their type (half under ``*-true``)."""
     first = next(module.parameters())
     batch = batch.to(first.device)
-    inputs = {k: v.to(first.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
-    return replace(batch, inputs=inputs)
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(first.dtype) if value.is_floating_point() else value
+
+    if isinstance(batch.inputs, LateInputs):
+        return replace(batch, inputs=batch.inputs.mapped(cast))
+    return replace(batch, inputs={k: cast(v) for k, v in batch.inputs.items()})

@@ -385,8 +385,8 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the terms by method name, which heads something has trained, and the domains as plain values."""
-        checkpoint |= {"terms": self.attachments.save(), "schedule": self.schedule.state_dict()}
-        checkpoint["known_heads"] = sorted(self.trained_heads | (self.known_heads or set()))
+        known = {} if self.known_heads is None else {"known_heads": sorted(self.trained_heads | self.known_heads)}
+        checkpoint |= {"terms": self.attachments.save(), "schedule": self.schedule.state_dict(), **known}
         self._reestimation.save(checkpoint)
         checkpoint["domains"] = [
             {"name": d.name, "role": d.role, "kind": d.kind, "labels": list(d.labels)} for d in self.domains

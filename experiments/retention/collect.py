@@ -37,7 +37,7 @@ PUBLISHED = {"plain": "59.2", "ewc": "64.0", "si": "65.4", "lwf": "71.5"}
 
 def results(paths: list[str]) -> pd.DataFrame:
     """One row a finished run, source legs left out."""
-    runs = leaves(with_blends(read_records(paths)))
+    runs = leaves(with_blends(read_records(paths))).sort_values("written", kind="stable")
     for _, run in runs[runs["status"] != "finished"].iterrows():
         print(f"left out: {run['run']} is {run['status']}", file=sys.stderr)
     runs = runs[runs["status"] == "finished"].copy()

@@ -201,12 +201,19 @@ def test_no_command_and_an_unknown_one_are_usage_errors(capsys) -> None:
     assert main(["--version"]) == 0
 
 
+class Starts(Callback):
+    """Says, as a command does, that no earlier run has trained a head."""
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        pl_module.known_heads = frozenset()
+
+
 def test_a_checkpoint_says_which_of_its_heads_were_trained(tmp_path: Path) -> None:
     """A source that is not trained on has a head of random weights, of which no later run may say that it knows it."""
     root = retention_cases.images(tmp_path / "images")
     data = retention_cases.data_of(root, source="art")
     kept = {"plugins": [AtomicCheckpointIO()], "enable_checkpointing": True}
-    retention_cases.fit(data, {}, extra=(Checkpoints(tmp_path / "run"),), **kept)
+    retention_cases.fit(data, {}, extra=(Starts(), Checkpoints(tmp_path / "run")), **kept)
     file = RunFolder(tmp_path / "run").last
     task = Classification(TinyVision(), list(data.domains))
     trained, new = (task.head_keys[name] for name in ("sketch", "art"))
@@ -216,6 +223,6 @@ def test_a_checkpoint_says_which_of_its_heads_were_trained(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="x reads the head of art, which nothing has trained yet"):
         check_known(task, [new], "x")
     checkpoint = load_checkpoint(file)
-    torch.save({**checkpoint, "known_heads": ["another"]}, tmp_path / "other.ckpt")
+    torch.save({**checkpoint, "known_heads": [["another"]]}, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="malformed known_heads"):
         load_weights(task, tmp_path / "other.ckpt")

@@ -146,6 +146,11 @@ class GradualUnfreezing(Callback):
         stages = pl_module.backbone.stages
         pl_module.thawing = frozenset(s.name for s in stages if any(id(p) in owned for p in s.parameters()))
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """No phase is to come any more."""
+        if isinstance(pl_module, Task) and stage == "fit":
+            pl_module.thawing = frozenset()
+
     def hold(self, task: Task, index: int) -> None:
         """Train one phase alone, for the whole fit and under another's schedule; until `release`.
 

@@ -40,7 +40,8 @@ def stage_drift(start: Iterable[Tensor], now: Sequence[nn.Parameter]) -> dict[st
     """
     squares = []
     for old, parameter in zip(start, now, strict=True):
-        a, p = old.to(parameter.device).float(), parameter.detach().float()
+        half = parameter.dtype in (torch.float16, torch.bfloat16)
+        a, p = (t.float() if half else t for t in (old.to(parameter.device), parameter.detach()))
         norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in (p.sub(a), a, p)]
         squares.append(torch.stack(norms).square())
     far, before, after = torch.stack(squares).sum(0)
@@ -74,21 +75,31 @@ class StartingWeights:
                 for parameter in stage.parameters():
                     form = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                     self._places.setdefault(stage.name, []).append((self._file.tell(), form))
-                    flat = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    flat.numpy().tofile(self._file)
+                    self._write(parameter.detach().cpu().contiguous())
         except OSError as error:
             raise ConfigError(
                 f"the weights that the run starts from cannot be kept in {folder}: {error}; make room there, or choose "
                 "another run.root"
             ) from error
 
+    def _write(self, value: Tensor) -> None:
+        left = value.reshape(-1).view(torch.uint8).numpy() if value.numel() else np.zeros(0, np.uint8)
+        while len(left):
+            left = left[self._file.write(left.data) :]
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._file.close()
+
     def of(self, stage: str) -> Iterator[Tensor]:
         """A stage's parameters as they were, on the CPU, read one at a time."""
         for place, form in self._places[stage]:
             self._file.seek(place)
-            count = form.numel() * form.element_size()
-            flat = torch.from_numpy(np.fromfile(self._file, np.uint8, count))
-            yield flat.view(form.dtype).reshape(form.shape)
+            value = torch.empty(form.shape, dtype=form.dtype)
+            if value.numel():
+                read = np.fromfile(self._file, np.uint8, value.numel() * value.element_size())
+                value.copy_(torch.from_numpy(read).view(form.dtype).reshape(form.shape))
+            yield value
 
 
 class Drift(Callback):
@@ -135,6 +146,12 @@ class Drift(Callback):
         self._own = chosen(trainer.datamodule, self.rows) if self.rows else {}  # type: ignore[attr-defined]
         self._features = {n: own[0] for n, own in self._seen(trainer, pl_module).items()}
         self._done = -1
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the room of the starting weights back."""
+        if self._start is not None and stage == "fit":
+            self._start.close()
+            self._start, self._watches = None, False
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Log the ratios at steps that log anyway."""

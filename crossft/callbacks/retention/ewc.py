@@ -79,6 +79,8 @@ class EWC(QuadraticMethod):
         if not _others(task, known):
             return before
         found, named = self.measure.run(task, data, known), self.penalty(task).named
+        if not found.values:
+            return before
         values = {n: before.values[n] + f for n, f in found.values.items()}
         anchors = {}
         for n, total in values.items():
@@ -140,5 +142,7 @@ class OnlineEWC(EWC):
         if before is None:
             return self.measure.run(task, data)
         found = self.measure.run(task, data, before.provenance.get("domains", []))
+        if not found.values:
+            return Importance(before.values, before.provenance)
         merged = {n: f + self.decay * before.values[n] for n, f in found.values.items()}
         return Importance(merged, {**_together(found, before), "decay": self.decay})

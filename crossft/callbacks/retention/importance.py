@@ -27,7 +27,7 @@ from crossft.functional.modes import evaluating
 from crossft.functional.per_sample import GradientPowers
 from crossft.runs import replacing
 from crossft.tasks import Task
-from crossft.types import Batch, ImageSpec, Role
+from crossft.types import Batch, ImageSpec, LateInputs, Role
 
 __all__ = ["ANCHOR", "IMPORTANCE", "Importance", "Measure", "carried", "first_to_run", "hash_of", "may_train"]
 
@@ -261,7 +261,7 @@ class Measure:
             "labels": self.labels if self.kind == "fisher" else None,
             "draws": self.draws if self.labels == "sampled" else None,
             "rows": int(count),
-            "domains": [task.domains[n].name for n in rows],
+            "domains": [task.domains[n].name for n in rows if named],
             "data": data.fingerprint,
             "weights": hash_of(task.backbone),
             **({"left_out": left_out} if left_out else {}),
@@ -326,8 +326,14 @@ def _rows(task: Task, batch: Batch, start: int) -> dict[str, Tensor]:
 
 
 def _kept(batch: Batch, keep: Tensor) -> Batch:
+    source, rows = batch.inputs, keep.nonzero().flatten().tolist()
+    inputs: Mapping[str, Tensor] = (
+        LateInputs(lambda some: source.take([rows[i] for i in some]), len(rows))
+        if isinstance(source, LateInputs)
+        else {k: v[keep] for k, v in source.items()}
+    )
     return Batch(
-        inputs={k: v[keep] for k, v in batch.inputs.items()},
+        inputs=inputs,
         targets=batch.targets[keep],
         labeled=batch.labeled[keep],
         domains=batch.domains[keep],

@@ -39,5 +39,7 @@ class MAS(QuadraticMethod):
         if all(d.name in known for d in task.domains if d.role == "source"):
             return Importance(before.values, before.provenance)
         found = self.measure.run(task, data, known)
+        if not found.values:
+            return Importance(before.values, before.provenance)
         provenance = {**found.provenance, "domains": [*known, *found.provenance["domains"]]}
         return Importance({n: v + before.values[n] for n, v in found.values.items()}, provenance)

@@ -167,7 +167,8 @@ class QuadraticMethod(MethodCallback):
             if not needed:
                 rank_zero_warn(f"methods.{self.name} holds the backbone, of which nothing trains in this run")
             found = self.importance_for(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-            penalty.fill(found.fit_to(penalty.named, self.name, needed), found.provenance, found.anchors)
+            path = getattr(self, "importance", None) or f"methods.{self.name}"
+            penalty.fill(found.fit_to(penalty.named, path, needed), found.provenance, found.anchors)
 
     def before(self, task: Task) -> Importance | None:
         """What the run that this one starts from held by under this method's name, on the task's device."""
@@ -175,6 +176,8 @@ class QuadraticMethod(MethodCallback):
         if path is None:
             return None
         found = Importance.load(path)
+        if found.provenance.get("rows") == 0:  # nothing trained there, so nothing was measured
+            return None
         named = self.penalty(task).named
         anchors = {n: found.anchors[n].to(p.device) for n, p in named.items() if n in found.anchors}
         return Importance(found.fit_to(named, path, may_train(task)), found.provenance, anchors)

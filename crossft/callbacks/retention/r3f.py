@@ -54,15 +54,22 @@ class NoisyAgreement(LossTerm):
 
     def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
         """Mean over rows of KL(p || q) + KL(q || p); a scalar."""
-        value = step.stages[self.needs_stages[0]]
-        logits = self._logits(value + self._drawn(value, step), step, model)
-        return step.mean(symmetric_kl(step.logits[self.head], logits, self.kind), self.ids)
+        value, clean = step.stages[self.needs_stages[0]], step.logits[self.head]
+        if not torch.is_autocast_enabled(value.device.type):
+            return self._apart(value, clean, step, model)
+        with torch.autocast(value.device.type, enabled=False):  # a half would swallow the noise
+            value = value.float()
+            return self._apart(value, self._logits(value, step, model, 1), step, model)
 
-    def _logits(self, value: Tensor, step: StepOutput, model: HasBackbone) -> Tensor:
-        """Logits [b, k] from the second stage on, under the same dropout each time."""
+    def _apart(self, value: Tensor, clean: Tensor, step: StepOutput, model: HasBackbone) -> Tensor:
+        logits = self._logits(value + self._drawn(value, step), step, model)
+        return step.mean(symmetric_kl(clean, logits, self.kind), self.ids)
+
+    def _logits(self, value: Tensor, step: StepOutput, model: HasBackbone, dropout: int = 0) -> Tensor:
+        """Logits [b, k] from the second stage on, under the same dropout for each call with one number."""
         devices = [value.device] if value.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), without_statistics([model.backbone]):
-            torch.manual_seed(self._number(step.batch.step, 0))
+            torch.manual_seed(self._number(step.batch.step, dropout))
             features = model.backbone.forward_from(self.second, value, step.batch.inputs).features
             found: Tensor = model.heads[self.head](features)
         return found
@@ -88,8 +95,8 @@ class R3F(MethodCallback):
     """R3F (Aghajanyan et al. 2020, Better Fine-Tuning by Reducing Representational Collapse, eq. 5 and 6).
 
     Noise is added to the output of the backbone's first stage: the word embeddings of text, as published, the stem's
-    output of an image network. One more forward from there. ``SMART`` looks for the worst noise instead. Needs no
-    source data.
+    output of an image network. One more forward from there, in float32, which takes a second one of the plain input
+    under mixed precision. ``SMART`` looks for the worst noise instead. Needs no source data.
 
     Args:
         weight: lambda (0.1 to 5 in the paper's table 9; 1 here).
@@ -97,7 +104,8 @@ class R3F(MethodCallback):
         noise: ``normal`` or ``uniform``; the paper finds no difference.
 
     Raises:
-        ConfigError: ``epsilon`` is not positive, or the backbone cannot start from its second stage.
+        ConfigError: ``epsilon`` is not positive, or too small for weights in half precision.
+        StageError: the backbone cannot start from its second stage.
     """
 
     def __init__(
@@ -133,6 +141,12 @@ class R3F(MethodCallback):
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a fit without rows to work on."""
+        """Refuse a fit without rows to work on, or of weights in half precision."""
         assert isinstance(pl_module, Task)
+        dtype = next(pl_module.backbone.parameters()).dtype
+        if dtype in (torch.float16, torch.bfloat16) and self.epsilon < torch.finfo(dtype).eps:
+            raise ConfigError(
+                f"methods.{self.name}: noise of {self.epsilon} is lost in half precision, which resolves "
+                f"{torch.finfo(dtype).eps:.1e}; set trainer.precision to 32-true, 16-mixed or bf16-mixed"
+            )
         refuse_absent(trainer, self.name, ids_of(pl_module, "target"))

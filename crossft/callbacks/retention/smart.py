@@ -42,21 +42,19 @@ class WorstAgreement(NoisyAgreement):
     def _drawn(self, value: Tensor, step: StepOutput) -> Tensor:
         return super()._drawn(value, step).clamp(-self.radius, self.radius)
 
-    def forward(self, step: StepOutput, model: HasBackbone) -> Tensor:
-        """Mean over rows of KL(p || q) + KL(q || p); a scalar."""
-        value = step.stages[self.needs_stages[0]]
+    def _apart(self, value: Tensor, clean: Tensor, step: StepOutput, model: HasBackbone) -> Tensor:
         change = self._drawn(value, step)
         for _ in range(self.steps):
-            change = self._raised(change, value.detach(), step, model)
+            change = self._raised(change, value.detach(), clean.detach(), step, model)
         logits = self._logits(value + change, step, model)
-        return step.mean(symmetric_kl(step.logits[self.head], logits, self.kind), self.ids)
+        return step.mean(symmetric_kl(clean, logits, self.kind), self.ids)
 
-    def _raised(self, change: Tensor, value: Tensor, step: StepOutput, model: HasBackbone) -> Tensor:
+    def _raised(self, change: Tensor, value: Tensor, clean: Tensor, step: StepOutput, model: HasBackbone) -> Tensor:
         """One step along each row's gradient, over its largest element, cut off at the radius."""
         change = change.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._logits(value + change, step, model)
-            apart = symmetric_kl(step.logits[self.head].detach(), logits, self.kind).sum()
+            apart = symmetric_kl(clean, logits, self.kind).sum()
         (gradient,) = torch.autograd.grad(apart, change)
         largest = gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
         direction = gradient / largest.view(-1, *[1] * (gradient.ndim - 1))

@@ -15,9 +15,11 @@ from torch import nn
 from crossft.callbacks.caching import PrefixCache
 from crossft.callbacks.freezing import Freeze
 from crossft.callbacks.monitoring import Drift, stage_drift
+from crossft.callbacks.monitoring.drift import StartingWeights
 from crossft.callbacks.retention import EWC, L2SP, LwF
 from crossft.errors import ConfigError
 from crossft.functional import linear_cka
+from crossft.types import Stage
 
 
 def test_distance_and_angle_by_hand() -> None:
@@ -27,6 +29,30 @@ def test_distance_and_angle_by_hand() -> None:
     assert float(found["l2"]) == 12.0
     assert float(found["relative"]) == pytest.approx(12 / 5)
     assert float(found["cosine"]) == pytest.approx(25 / (5 * 13))
+
+
+def test_starting_weights_come_back_to_the_bit_and_what_is_double_is_compared_so(tmp_path: Path) -> None:
+    parameters = [
+        nn.Parameter(torch.randn(3, 5, dtype=torch.float64)),
+        nn.Parameter(torch.randn(4).bfloat16()),
+        nn.Parameter(torch.empty(0, 2)),
+        nn.Parameter(torch.tensor(2.0)),
+    ]
+    holder = nn.Module()
+    holder.all = nn.ParameterList(parameters)
+    kept = StartingWeights([Stage("one", (holder,))], tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir()), "the file has no name"
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        parameters[0].add_(1e-9)
+    for _ in range(2):
+        found = list(kept.of("one"))
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, before, strict=True))
+    assert float(stage_drift(kept.of("one"), parameters)["l2"]) == pytest.approx(15**0.5 * 1e-9, rel=1e-3)
+    kept.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be kept in"):
+        StartingWeights([Stage("one", (holder,))], tmp_path / "file")
 
 
 def test_cka_is_that_of_the_paper_and_blind_to_rotation_shift_and_scale() -> None:

@@ -225,6 +225,25 @@ def test_smart_climbs_from_the_noise_within_its_radius() -> None:
     assert task.backbone.stem[1].weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("smart", [False, True], ids=["r3f", "smart"])
+def test_noise_is_not_lost_in_mixed_precision(root: Path, smart: bool) -> None:
+    """Both forwards run in float32 there: at 1e-4 a half would see no noise at all."""
+    task, x = tiny()
+    term = NoisyAgreement("stem", "middle", "photo", "multiclass", (1,), 1e-4, "normal", seed=11)
+    term = WorstAgreement(term, 1e-4, 1e-3, 1) if smart else term
+    plain = term(stepped(task, x, capture=("stem",)), task)
+    other, _ = tiny()
+    other.load_state_dict(task.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = stepped(other, x, capture=("stem",))
+        mixed = term(step, other)
+    assert step.logits["photo"].dtype == torch.bfloat16
+    assert float(plain) > 0
+    assert torch.allclose(mixed, plain, rtol=0.1)
+    with pytest.raises(ConfigError, match="lost in half precision"):
+        fit(data_of(root), {"r3f": SMART() if smart else R3F()}, precision="bf16-true")
+
+
 def test_cotuning_translates_target_labels() -> None:
     """Row y of the relation is the mean source prediction over the rows of target label y."""
     z, labels = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 1, 3])

@@ -19,8 +19,9 @@ from crossft.callbacks.caching import PrefixCache
 from crossft.callbacks.freezing import Freeze, GradualUnfreezing
 from crossft.callbacks.freezing.phases import Phase
 from crossft.callbacks.monitoring import AtomicCheckpointIO, Checkpoints
-from crossft.callbacks.retention import EWC, MAS
+from crossft.callbacks.retention import EWC, MAS, OnlineEWC
 from crossft.callbacks.retention.importance import Importance, Measure
+from crossft.data import dataset
 from crossft.errors import CheckpointError, TrainingError
 from crossft.runs import RunFolder
 
@@ -57,10 +58,10 @@ def measured(data: Any, freeze: Callback | None, cache: PrefixCache | None, meas
     return own
 
 
-@pytest.mark.parametrize("measure", [Measure(chunk=6), Measure("mas", chunk=6), Measure(labels="sampled")])
+@pytest.mark.parametrize("measure", [Measure(chunk=6), Measure("mas", chunk=6), Measure(labels="sampled", chunk=6)])
 @pytest.mark.parametrize("kind", ["images", "text"])
 def test_stored_prefixes_give_the_same_importance_and_the_prefix_does_not_run(
-    images: Path, tmp_path: Path, kind: str, measure: Measure
+    images: Path, tmp_path: Path, kind: str, measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The full pass of a run that trains everything is the reference."""
     backbone: Callable[[], Any] = TinyVision
@@ -85,6 +86,12 @@ def test_stored_prefixes_give_the_same_importance_and_the_prefix_does_not_run(
             scale = float(whole.values[name].max())
             assert torch.allclose(run.found.values[name], whole.values[name], rtol=1e-4, atol=1e-5 * scale), name
     rows = part.found.provenance["rows"]
+    opened: list[Any] = []
+    original = dataset.open_image
+    monkeypatch.setattr(dataset, "open_image", lambda source: opened.append(source) or original(source))
+    if kind == "images":
+        measured(image_data(images, cache_images=False), Freeze(train_last=1), PrefixCache(), measure, backbone)
+        assert len(opened) < rows, "what is stored is decoded only to be verified"
     assert part.rows >= rows
     assert again.rows <= 8 < rows, "two rows both ways, for verification"
 
@@ -96,6 +103,20 @@ def test_a_linear_probe_holds_nothing_and_reads_nothing(images: Path) -> None:
     penalty: Any = task.attachments.penalties["ewc"]
     assert penalty.provenance["rows"] == 0
     assert float(penalty.value()) == 0.0
+
+
+@pytest.mark.parametrize("method", [EWC, OnlineEWC, MAS])
+def test_a_probe_in_a_chain_hands_on_what_was_measured_before_it(images: Path, tmp_path: Path, method: Any) -> None:
+    data = image_data(images)
+    leg(data, tmp_path / "a", None, Freeze(train_last=0), method())
+    leg(data, tmp_path / "b", tmp_path / "a", method())
+    found = Importance.load(tmp_path / "b" / "anchors" / f"{method.__name__.lower()}.safetensors")
+    assert found.provenance["rows"] > 0
+    assert "left_out" not in found.provenance
+    leg(data, tmp_path / "c", tmp_path / "b", Freeze(train_last=0), method())
+    kept = Importance.load(tmp_path / "c" / "anchors" / f"{method.__name__.lower()}.safetensors")
+    assert kept.provenance["domains"] == ["photo"]
+    assert all(torch.equal(kept.values[n], found.values[n]) for n in found.values)
 
 
 def phases() -> GradualUnfreezing:
@@ -110,6 +131,7 @@ def test_what_a_later_phase_trains_is_measured_before(images: Path) -> None:
     assert torch.allclose(found.found.values["middle.0.weight"], whole["middle.0.weight"], rtol=1e-4)
     task, _ = fit(data, None, PrefixCache(), TinyVision, methods=[EWC(), phases()])
     assert float(task.attachments.penalties["ewc"].importance_of("middle.0.weight").max()) > 0
+    assert task.thawing == frozenset(), "no phase comes after the fit"
 
 
 def leg(data: Any, folder: Path, parent: Path | None, *methods: Callback) -> None:
