@@ -85,6 +85,24 @@ def methods(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def overview(rows: pd.DataFrame) -> str:
+    """Markdown, for the README of the project: a method a line, hypervolumes and the sequence's accuracy."""
+    regimes = {"pacs": "all labels", "pacs-few": "ten labels a class", "amazon": "airline"}
+    found: dict[str, dict[str, str]] = {}
+    for name, title in regimes.items():
+        own = rows[rows["experiment"] == name]
+        for method, some in own.groupby(own["arm"].str.split(",").str[0]):
+            each = [hypervolume(list(zip(s["retention"], s["gain"]))) for _, s in some.groupby("seed")]
+            found.setdefault(str(method), {})[title] = _percent(each)
+    for arm, some in rows[rows["experiment"] == "pacs-sequence"].groupby("arm"):
+        found.setdefault(str(arm), {})["sequence"] = _percent(list(some["acc"]))
+    columns = [*regimes.values(), "sequence"]
+    lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    order = sorted(found, key=lambda m: -float(found[m].get("all labels", "0").split()[0]))
+    lines += ["| " + " | ".join([m, *(found[m].get(c, "") for c in columns)]) + " |" for m in order]
+    return "\n".join(lines)
+
+
 def arms(rows: pd.DataFrame) -> str:
     """Markdown: an arm a line with its test accuracies."""
     lines = ["| arm | target | gain | source | retention |", "|---|---|---|---|---|"]
@@ -143,6 +161,7 @@ def main() -> int:
             print(peers(some) if name == MNIST else sequences(some))
         else:
             print(f"{methods(some)}\n\n{arms(some)}")
+    print(f"\n**overview**\n\n{overview(rows)}")
     return 0
 
 
