@@ -222,6 +222,7 @@ class _Labeled(torch.utils.data.IterableDataset[Any]):
 
 
 def fastai(net: Net, pairs: Pairs, watch: Watch) -> None:
+    import fastai.callback.progress  # noqa: F401  (gives a Learner its no_bar)
     from fastai.callback.core import Callback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner

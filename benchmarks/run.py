@@ -27,7 +27,7 @@ SECTIONS = {
     "cache": ("The frozen-prefix cache", "prefix_cache.py --rows 512 --texts 224 --rounds 2"),
     "peers": ("Beside the peers", "peers.py --steps 4 --rounds 2 --starts 0"),
     "memory": ("Start-up and memory beside the peers", "peers.py --steps 0 --starts 1"),
-    "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 2"),
+    "scaling": ("Methods, processes, samples, stages, domains", "scaling.py --rounds 3"),
     "compile": ("torch.compile", "compiled.py"),
     "importance": ("Importance and penalties", "importance.py"),
     "compare": ("Comparing 500 run folders", "compare_folders.py"),
