@@ -172,10 +172,17 @@ class Batch:
             sample_ids=fn(self.sample_ids),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch on ``device``: a new one, or itself where it is there already."""
-        if self.domains.device == torch.device(device):
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """Return the batch on ``device``: a new one, or itself where it is there already.
+
+        Args:
+            device: where to.
+            non_blocking: whether the host goes on at once; None: where the device is a GPU, as Lightning says nothing.
+        """
+        device = torch.device(device)
+        if self.domains.device == device:
             return self
+        non_blocking = device.type == "cuda" if non_blocking is None else non_blocking
         return self._apply(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

@@ -1,5 +1,6 @@
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import crossft.types
 from crossft.types import Batch, Domain, Stage, StepOutput, head_of
@@ -50,6 +51,18 @@ class Pinnable:
         new = Pinnable()
         new.pinned = True
         return new
+
+
+def test_a_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning moves a batch without saying so, and a pinned one would be copied while the host stands still."""
+    asked: list[bool] = []
+    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking=False: asked.append(non_blocking) or self)
+    old = batch()
+    old.to("cuda:0")
+    assert set(asked) == {True}
+    asked.clear()
+    old.to("meta")
+    assert set(asked) == {False}
 
 
 def test_torch_pins_a_batch() -> None:

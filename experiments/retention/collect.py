@@ -40,7 +40,7 @@ def results(paths: list[str]) -> pd.DataFrame:
     runs = leaves(with_blends(read_records(paths))).sort_values("written", kind="stable")
     for _, run in runs[runs["status"] != "finished"].iterrows():
         print(f"left out: {run['run']} is {run['status']}", file=sys.stderr)
-    runs = runs[runs["status"] == "finished"].copy()
+    runs = runs[(runs["status"] == "finished") & (runs["arm"] != "source")].copy()
     runs["experiment"] = runs["experiment"].str.removeprefix("retention-")
     shown = {**NAMES, **{f"sequence/{n}": n for n in SEQUENCE}}
     columns = {c: name for c, name in shown.items() if c in runs.columns}

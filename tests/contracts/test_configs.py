@@ -149,6 +149,16 @@ def test_an_experiments_arms_are_configs_and_start_from_one_source_model(name: s
     assert len({f["source"] for f in found}) == 1
 
 
+@pytest.mark.parametrize(("name", "arms"), [("pacs", 38), ("pacs-few", 14), ("amazon", 12)])
+def test_arms_of_retention_start_from_one_source_model_but_si(name: str, arms: int) -> None:
+    """SI records in the source leg, which is therefore its own."""
+    sweep = read_sweep(EXPERIMENTS / "retention" / f"{name}.yaml", ["--data.root=."])
+    found = {arm.name: resolve([f"--config={sweep.config}", *arguments(arm.overrides)], []) for arm in expand(sweep)}
+    assert [f["error"] for f in found.values() if "error" in f] == []
+    assert len({f["hash"] for f in found.values()}) == arms
+    assert len({f["source"] for arm, f in found.items() if not arm.startswith("si")}) == 1
+
+
 def test_a_source_leg_may_name_an_optimizer_by_its_class(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(

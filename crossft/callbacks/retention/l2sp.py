@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from crossft.callbacks.base import MethodCallback
+from crossft.callbacks.sharding import refuse_sharded
 from crossft.functional.pull import add_pull_
 from crossft.tasks import Task
 from crossft.types import WeightPenalty
@@ -71,12 +73,23 @@ class L2SP(MethodCallback):
     Args:
         weight: alpha, on the distance to the starting weights (default 0.1, the paper's best on most of its sets).
         head_ratio: beta / alpha, plain decay of the heads (the paper fixes beta = 0.01, so 0.1 at alpha = 0.1).
+
+    Raises:
+        ConfigError: a strategy that cuts weights into pieces.
     """
 
     def __init__(self, weight: float = 0.1, head_ratio: float = 0.1) -> None:
         super().__init__(weight)
         self.head_ratio = head_ratio
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, then attach."""
+        if stage == "fit":
+            refuse_sharded(trainer, self.name)
+        super().setup(trainer, pl_module, stage)
+
     def build(self, task: Task) -> WeightPenalty:
-        """Anchor the backbone at its weights of now: those the leg starts from."""
-        return L2SPPenalty(list(task.backbone.parameters()), list(task.heads.parameters()), self.head_ratio)
+        """Anchor the backbone at its weights of now: those the leg starts from; what a head shares is the head's."""
+        heads = list(task.heads.parameters())
+        own = {id(p) for p in heads}
+        return L2SPPenalty([p for p in task.backbone.parameters() if id(p) not in own], heads, self.head_ratio)

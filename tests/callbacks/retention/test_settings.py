@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from backbones.tiny_models import tiny_text
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 from retention_cases import CASES, data_of, fit, images
 from tiny import TinyVision, flat, text_domains
 
 from crossft.callbacks.averaging import EMA
 from crossft.callbacks.freezing import Freeze
-from crossft.callbacks.retention import EWC
+from crossft.callbacks.retention import EWC, L2SP
+from crossft.callbacks.retention.importance import Measure
 from crossft.callbacks.retention.quadratic import QuadraticPenalty
 from crossft.data import DomainData
 from crossft.errors import ConfigError
@@ -128,3 +131,38 @@ def test_what_holds_the_sources_head_needs_one_that_was_trained(root: Path, name
     ):
         start()
     start("photo")
+
+
+SHARDED = ["l2sp", "ewc", "online-ewc", "mas", "si", "mixout", "drift", "agem", "ema", "swa", "wiseft"]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_what_needs_whole_weights_refuses_a_strategy_that_cuts_them(root: Path, name: str) -> None:
+    """It would hold tensors that no longer train, without a word."""
+    data = data_of(root)
+    task = Classification(TinyVision(), list(data.domains))
+    method = CASES[name].make(CASES[name].weight)
+    trainer = SimpleNamespace(strategy=ModelParallelStrategy(), datamodule=data)
+    with pytest.raises(ConfigError, match=r"and trainer\.strategy \(ModelParallelStrategy\) cuts the weights"):
+        method.setup(trainer, task, "fit")
+
+
+class Tied(TinyVision):
+    """Its last stage holds a matrix that the head uses too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.register_parameter("shared", torch.nn.Parameter(torch.zeros(2, 12)))
+
+
+def test_a_weight_that_a_head_shares_is_the_heads(root: Path) -> None:
+    data = data_of(root)
+    task = Classification(Tied(), list(data.domains))
+    data.bind(task.backbone.input_spec)
+    for head in task.heads.values():
+        head[1].weight = task.backbone.last.shared
+    found = Measure(samples=4).run(task, data)
+    assert "last.shared" not in found.values
+    assert "last.0.weight" in found.values
+    assert "last.shared" not in EWC().build(task).named
+    assert all(p is not task.backbone.last.shared for p in L2SP().build(task)._shared)
