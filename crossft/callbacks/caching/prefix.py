@@ -51,7 +51,9 @@ class PrefixCache(Callback):
     distillation, DELTA) are stored, whatever trains.
 
     A value is found by what it was made of: weights, buffers, modes and settings of the prefix, sample, transform or
-    token ids, precision. So later runs and arms with the same prefix read it, and another prefix never does. The
+    token ids, precision. So later runs and arms with the same prefix read it, and another prefix never does. What is
+    measured before training is measured with nothing frozen, and stores nothing; test rows are stored by the first run
+    that tests with this prefix. A later run's first epoch still hashes the prefix and verifies a batch. The
     first batch at each cut runs four rows both ways, in training and in evaluation (two, where the batch is stored
     already); where the features differ by more than 1e-4 of the largest (2e-2 under bfloat16) the full path is used
     and a warning says so. Not noticed are weights changed through ``.data`` within an epoch, and files replaced in
