@@ -35,10 +35,43 @@ from torch import nn
 
 from crossft.backbones import Timm
 from crossft.backbones.base import StagePlan
-from crossft.callbacks.adaptation import CDAN, CORAL, DANN, MCC, MDD, MMD, EntropyMinimization, MeanTeacher
-from crossft.callbacks.averaging import EMA
+from crossft.callbacks.adaptation import (
+    AFN,
+    BNM,
+    BSP,
+    CDAN,
+    CMD,
+    CORAL,
+    DANN,
+    JAN,
+    MCC,
+    MCD,
+    MDD,
+    MMD,
+    DomainMixup,
+    EntropyMinimization,
+    MeanTeacher,
+    PseudoLabels,
+)
+from crossft.callbacks.averaging import EMA, SWA
 from crossft.callbacks.freezing import Freeze
-from crossft.callbacks.retention import EWC, L2SP, FeatureDistillation, LwF, Mixout
+from crossft.callbacks.retention import (
+    AGEM,
+    BSS,
+    DELTA,
+    EWC,
+    L2SP,
+    MAS,
+    R3F,
+    SI,
+    SMART,
+    DERPlusPlus,
+    DriftLimit,
+    FeatureDistillation,
+    LwF,
+    Mixout,
+    Replay,
+)
 from crossft.data import DomainData
 from crossft.tasks import Classification
 from crossft.types import Domain, Encoded
@@ -53,10 +86,29 @@ METHODS: dict[str, Any] = {
     "entropy": lambda: [EntropyMinimization()],
     "MDD": lambda: [MDD()],
     "mean teacher": lambda: [MeanTeacher()],
+    "JAN": lambda: [JAN()],
+    "CMD": lambda: [CMD()],
+    "MCD": lambda: [MCD()],
+    "AFN": lambda: [AFN()],
+    "BNM": lambda: [BNM()],
+    "BSP": lambda: [BSP()],
+    "pseudo-labels": lambda: [PseudoLabels()],
+    "domain mixup": lambda: [DomainMixup()],
     "L2-SP": lambda: [L2SP()],
     "EWC": lambda: [EWC(samples=16)],
+    "MAS": lambda: [MAS(samples=16)],
+    "SI": lambda: [SI()],
+    "drift limit": lambda: [DriftLimit(radius=0.1, relative=True)],
     "Mixout": lambda: [Mixout()],
+    "BSS": lambda: [BSS()],
+    "R3F": lambda: [R3F()],
+    "SMART": lambda: [SMART()],
+    "DELTA": lambda: [DELTA(attention="uniform")],
+    "replay": lambda: [Replay(size=16, share=0.25)],
+    "DER++": lambda: [DERPlusPlus(size=16, share=0.25)],
+    "A-GEM": lambda: [AGEM(size=16)],
     "EMA": lambda: [EMA()],
+    "SWA": lambda: [SWA()],
     "LwF": lambda: [LwF()],
     "feature distillation": lambda: [FeatureDistillation()],
 }

@@ -50,6 +50,7 @@ def results(paths: list[str]) -> pd.DataFrame:
 def merged(new: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """The rows of ``before`` that have no newer run, and ``new``."""
     both = pd.concat([before, new], ignore_index=True).drop_duplicates(KEY, keep="last")
+    both["seed"] = both["seed"].astype(int)
     columns = [*KEY, *NAMES.values(), *SEQUENCE, "seconds"]
     return both[[c for c in columns if c in both]].sort_values(["experiment", "source", "target", "arm", "seed"])
 
@@ -135,6 +136,8 @@ def peers(rows: pd.DataFrame) -> str:
     for arm in ("plain", "ewc", "ewc x 128", "si", "lwf", "replay"):
         own = rows.loc[rows["arm"] == arm, "acc"]
         theirs = [] if other is None else list(other.loc[other["method"] == arm, "acc"])
+        if not len(own) and not theirs:
+            continue
         cells = [_percent(list(v)) if len(v) else "" for v in (own, theirs)]
         lines.append("| " + " | ".join([arm, *cells, PUBLISHED.get(arm, "")]) + " |")
     return "\n".join(lines)
