@@ -149,9 +149,11 @@ class Drift(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the room of the starting weights back."""
-        if self._start is not None and stage == "fit":
-            self._start.close()
-            self._start, self._watches = None, False
+        if stage == "fit":
+            self._watches = False
+            if self._start is not None:
+                self._start.close()
+            self._start = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Log the ratios at steps that log anyway."""
