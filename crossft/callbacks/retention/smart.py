@@ -67,7 +67,8 @@ class SMART(R3F):
     The change is made at the output of the backbone's first stage: the word embeddings of text, as published, the
     stem's output of an image network. It starts at noise, as in ``R3F``, and takes ``steps`` steps of gradient ascent
     on the divergence, in the norm of the largest element; a forward and a backward of the network each, without a
-    gradient for any weight. The Bregman proximal term of eq. 3 is not part of it; ``LwF`` and ``MeanTeacher`` hold predictions near those of other weights. Needs no source data.
+    gradient for any weight. The Bregman proximal term of eq. 3 is not part of it; ``LwF`` and ``MeanTeacher`` hold
+    predictions near those of other weights. Needs no source data.
 
     Args:
         weight: lambda (1, 3 or 5 in section 5.1).
