@@ -55,21 +55,23 @@ def merged(new: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     return both[[c for c in columns if c in both]].sort_values(["experiment", "source", "target", "arm", "seed"])
 
 
+def volumes_of(rows: pd.DataFrame) -> dict[str, dict[int, float]]:
+    """Hypervolume by method and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for (method, seed), some in rows.groupby([rows["arm"].str.split(",").str[0], "seed"]):
+        found.setdefault(str(method), {})[int(seed)] = hypervolume(list(zip(some["retention"], some["gain"])))
+    return found
+
+
 def methods(rows: pd.DataFrame) -> str:
     """Markdown: a method a line, by falling hypervolume; paired difference of it to plain fine-tuning."""
-    rows = rows.assign(method=[str(arm).partition(",")[0] for arm in rows["arm"]])
-    volumes = {
-        str(method): {
-            int(seed): hypervolume(list(zip(some["retention"], some["gain"]))) for seed, some in own.groupby("seed")
-        }
-        for method, own in rows.groupby("method")
-    }
+    volumes = volumes_of(rows)
     lines = [
         "| method | strengths | hypervolume | minus plain | best: strength | gain | retention |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in sorted(volumes, key=lambda m: -interval(list(volumes[m].values())).mean):
-        own = rows[rows["method"] == method]
+        own = rows[rows["arm"].str.split(",").str[0] == method]
         versus = compare_paired(volumes[method], volumes["plain"]) if method != "plain" else None
         cells = [method, str(own["arm"].nunique()), _percent(list(volumes[method].values()))]
         cells.append(_signed(versus.difference) if versus else "")
@@ -91,10 +93,8 @@ def overview(rows: pd.DataFrame) -> str:
     regimes = {"pacs": "all labels", "pacs-few": "ten labels a class", "amazon": "airline"}
     found: dict[str, dict[str, str]] = {}
     for name, title in regimes.items():
-        own = rows[rows["experiment"] == name]
-        for method, some in own.groupby(own["arm"].str.split(",").str[0]):
-            each = [hypervolume(list(zip(s["retention"], s["gain"]))) for _, s in some.groupby("seed")]
-            found.setdefault(str(method), {})[title] = _percent(each)
+        for method, each in volumes_of(rows[rows["experiment"] == name]).items():
+            found.setdefault(method, {})[title] = _percent(list(each.values()))
     for arm, some in rows[rows["experiment"] == "pacs-sequence"].groupby("arm"):
         found.setdefault(str(arm), {})["sequence"] = _percent(list(some["acc"]))
     columns = [*regimes.values(), "sequence"]
